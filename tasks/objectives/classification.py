@@ -1,0 +1,41 @@
+"""Softmax cross-entropy over C classes, measured by the margin."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Outputs are logits z (B, C), targets class indices y (B,).
+
+    loss     ℓ = −log softmax(z)_y
+    measure  m = z_y − logsumexp(z_c, c ≠ y), the margin (Park et al. 2023, TRAK, eq. 8): not log(p/(1−p)) from p, which
+             loses its digits as p → 1.
+    ∂²ℓ/∂z²  = diag(p) − p pᵀ, whose null vector is 1: it has a root with C − 1 columns.
+    """
+
+    classes: int
+    name: str = "classification"
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets, reduction="none")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        chosen = one_hot(targets, outputs.shape[-1]).bool()
+        others = outputs.masked_fill(chosen, -torch.inf).logsumexp(-1)
+        return outputs.gather(-1, targets[..., None])[..., 0] - others
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        p = outputs.double().softmax(-1)
+        values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[..., :, None] * p[..., None, :])
+        root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+        return root[..., 1:].to(outputs.dtype)  # eigh sorts upwards: column 0 is the null vector
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(outputs.softmax(-1), 1, generator=generator)[:, 0]
+
+    def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        return {"accuracy": (outputs.argmax(-1) == targets).double().mean().item()}

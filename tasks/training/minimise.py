@@ -1,0 +1,119 @@
+"""Convex tasks: the optimum itself, of many weightings of the data at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, hessian, vmap
+
+from tasks.base import Task
+
+MEMORY = 10  # pairs that L-BFGS keeps
+ITERATIONS = 500
+
+
+def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> tuple[dict[str, Tensor], Tensor]:
+    """argmin over θ of (1/nₘ) Σᵢ wₘᵢ ℓᵢ(θ) + ½γ‖θ‖² for each row m of `weights` (M, N), to ‖gradient‖ <= tolerance.
+
+    The optimum is unique, so where one starts is nobody's business: all start at the optimum of the whole data, found
+    by Newton's method, and go by L-BFGS whose first metric is the inverse Hessian there (Nocedal & Wright 2006,
+    alg. 7.4), with Armijo backtracking, each model its own. `counts` (M,) are the denominators nₘ.
+    Returns stacked parameters (M, ...) and the final objectives (M,). Raises if a model does not converge.
+    """
+    model = task.initial(0)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    shapes = [dict(model.named_parameters())[n].shape for n in names]
+    sizes = [s.numel() for s in shapes]
+    batch = task.train.batch()
+    gamma = task.recipe.l2
+
+    def unflatten(theta: Tensor) -> dict[str, Tensor]:
+        parts = theta.split(sizes, dim=-1)
+        return {n: v.reshape(*theta.shape[:-1], *s) for n, v, s in zip(names, parts, shapes, strict=True)}
+
+    def objective(theta: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        outputs = functional_call(model, unflatten(theta), (), batch.inputs)
+        return (w * task.objective.loss(outputs, batch.targets)).sum() / n + 0.5 * gamma * theta.square().sum()
+
+    ones = torch.ones(len(batch), dtype=task.dtype)
+    total = torch.tensor(float(len(batch)), dtype=task.dtype)
+    start = torch.zeros(sum(sizes), dtype=task.dtype)
+    factor = torch.eye(len(start), dtype=task.dtype)
+    for _ in range(50):  # Newton with backtracking on all the data
+        theta = start.clone().requires_grad_()
+        value = objective(theta, ones, total)
+        (gradient,) = torch.autograd.grad(value, theta)
+        factor = torch.linalg.cholesky(hessian(objective)(start, ones, total))
+        if gradient.norm() <= task.recipe.tolerance:
+            break
+        step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
+        size = 1.0
+        while objective(start - size * step, ones, total) > value - 1e-4 * size * gradient @ step and size > 1e-10:
+            size /= 2
+        start = start - size * step
+
+    def value_and_gradient(theta: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        theta = theta.detach().requires_grad_()
+        values = vmap(objective)(theta, w, n)
+        (gradients,) = torch.autograd.grad(values.sum(), theta)
+        return values.detach(), gradients
+
+    thetas, values = [], []
+    for w, n in zip(weights.to(task.dtype).split(chunk), counts.to(task.dtype).split(chunk), strict=True):
+        theta, value = _lbfgs(
+            lambda t, rows, w=w, n=n: value_and_gradient(t, w[rows], n[rows]),  # type: ignore[misc]
+            start.expand(len(w), -1).clone(),
+            factor,
+            task.recipe.tolerance,
+        )
+        thetas.append(theta)
+        values.append(value)
+    return unflatten(torch.cat(thetas)), torch.cat(values)
+
+
+def _lbfgs(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], theta: Tensor, factor: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Batched L-BFGS over `theta` (M, P): `function(theta[rows], rows)` gives values (R,) and gradients (R, P)."""
+    models, parameters = theta.shape
+    everyone = torch.arange(models)
+    value, gradient = function(theta, everyone)
+    pairs_s = theta.new_zeros(models, MEMORY, parameters)
+    pairs_y = theta.new_zeros(models, MEMORY, parameters)
+    rho = theta.new_zeros(models, MEMORY)  # 1 / (sᵀy); 0 marks an empty slot
+    for iteration in range(ITERATIONS):
+        active = everyone[gradient.norm(dim=1) > tolerance]
+        if not len(active):
+            return theta, value
+        order = [(iteration - 1 - k) % MEMORY for k in range(MEMORY)]  # newest first
+        g = gradient[active]
+        q = g.clone()
+        alphas = {}
+        for k in order:
+            alphas[k] = rho[active, k] * (pairs_s[active, k] * q).sum(1)
+            q -= alphas[k][:, None] * pairs_y[active, k]
+        q = torch.cholesky_solve(q.T, factor).T
+        for k in reversed(order):
+            beta = rho[active, k] * (pairs_y[active, k] * q).sum(1)
+            q += (alphas[k] - beta)[:, None] * pairs_s[active, k]
+        slope = (g * q).sum(1)
+        size = torch.ones_like(slope)
+        old_theta, old_value = theta[active], value[active]
+        slack = 1e-12 * old_value.abs()  # near the optimum the decrease drowns in rounding
+        new_value, new_gradient = function(old_theta - size[:, None] * q, active)
+        for _ in range(40):
+            bad = new_value > old_value - 1e-4 * size * slope + slack
+            if not bad.any():
+                break
+            size = torch.where(bad, size / 2, size)
+            again_value, again_gradient = function((old_theta - size[:, None] * q)[bad], active[bad])
+            new_value[bad], new_gradient[bad] = again_value, again_gradient
+        new_theta = old_theta - size[:, None] * q
+        s, y = new_theta - old_theta, new_gradient - g
+        curvature = (s * y).sum(1)
+        slot = iteration % MEMORY
+        pairs_s[active, slot], pairs_y[active, slot] = s, y
+        rho[active, slot] = torch.where(curvature > 0, 1 / curvature, torch.zeros_like(curvature))
+        theta[active], value[active], gradient[active] = new_theta, new_value, new_gradient
+    worst = gradient.norm(dim=1).max().item()
+    raise ArithmeticError(f"no optimum after {ITERATIONS} iterations: gradient norm {worst:.1e} > {tolerance:.0e}")

@@ -1,0 +1,82 @@
+"""One training: the sequential reference that every engine must equal."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tasks.base import Checkpoint, Task, Trajectory
+from tasks.training.minimise import minimise
+from tasks.training.recipe_steps import batch_order, clip, kept_steps, learning_rates, optimizer
+
+
+def train(
+    task: Task,
+    seed: int,
+    weights: Tensor | None = None,
+    own_batches: bool = False,
+    keep: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trajectory:
+    """θ0 and batch order from `seed`; minimises the batch means of wᵢ ℓᵢ (+ ½γ‖θ‖²).
+
+    `weights` (N,), default 1. With `own_batches` the batches are drawn from the rows of positive weight; else from all
+    rows, and a row of weight 0 is masked inside its batch, whose denominator stays. `keep` = False keeps the end only.
+    """
+    started = time.perf_counter()
+    rows = torch.arange(len(task.train))
+    if weights is None:
+        weights = torch.ones(len(rows), dtype=task.dtype)
+    weights = weights.to(task.dtype)
+    if own_batches:
+        rows = rows[weights > 0]
+    model = task.initial(seed)
+    initial = state(model)
+    if task.recipe.optimizer == "lbfgs":
+        final, loss = minimise(task, weights[None], torch.tensor([len(rows)]))
+        end = {name: value[0] for name, value in final.items()}
+        kept = (Checkpoint(1, end, 1.0),)
+        return Trajectory(seed, initial, kept, time.perf_counter() - started, float(loss[0]))
+
+    steps = batch_order(rows, task.train.lengths, task.recipe, seed)
+    rates = learning_rates(task.recipe, len(steps))
+    keeping = set(kept_steps(task.recipe, len(steps)) if keep else [len(steps)])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    update = optimizer(task.recipe, parameters)
+    checkpoints: list[Checkpoint] = []
+    path, value = 0.0, torch.zeros(())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        model.train()
+        for t, (index, rate) in enumerate(zip(steps, rates, strict=True), start=1):
+            for group in update.param_groups:
+                group["lr"] = rate
+            losses = task.loss(model, task.train.batch(index))
+            value = (losses * weights[index]).sum() / len(index)
+            update.zero_grad(set_to_none=True)
+            value.backward()
+            if task.recipe.clip is not None:
+                clip([p.grad for p in parameters if p.grad is not None], task.recipe.clip, stacked=False)
+            update.step()
+            path += rate
+            if t in keeping:
+                checkpoints.append(Checkpoint(t, state(model), path))
+                path = 0.0
+            if progress is not None:
+                progress(t, len(steps))
+    return Trajectory(seed, initial, tuple(checkpoints), time.perf_counter() - started, float(value.detach()))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """Writes a state into a model, which is returned in eval mode."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in parameters.items():
+            own[name].copy_(value)
+    return model.eval()

@@ -1,0 +1,78 @@
+"""Many small models as one batched computation: the first axis of every parameter is the model."""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from tasks.base import Batch, Task
+from tasks.training.minimise import minimise
+from tasks.training.recipe_steps import batch_order, clip, learning_rates, optimizer
+
+ROWS = 512  # rows a model sees at once when it is measured
+
+
+def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool) -> dict[str, Tensor]:
+    """Trains row m of `weights` (M, N) with `seeds[m]`; equals `train` for each m up to rounding.
+
+    With `own_batches` all rows must have the same number of positive weights (the same steps).
+    Returns the final parameters, each (M, ...).
+    """
+    models, n_train = weights.shape
+    weights = weights.to(task.dtype)
+    if own_batches:
+        members = [w.nonzero()[:, 0] for w in weights]
+        if len({len(m) for m in members}) != 1:
+            raise ValueError("stacked models must train on equally many rows")
+    else:
+        members = [torch.arange(n_train)] * models
+    if task.recipe.optimizer == "lbfgs":
+        return minimise(task, weights, torch.tensor([len(m) for m in members]))[0]
+
+    template = task.initial(0)
+    initial = {s: dict(task.initial(s).named_parameters()) for s in set(seeds)}
+    stack = {
+        name: torch.stack([initial[s][name].detach() for s in seeds]).requires_grad_()
+        for name, p in template.named_parameters()
+        if p.requires_grad
+    }
+    # Equal seeds and equal sizes permute positions equally: draw each order once.
+    lengths = task.train.lengths
+    if lengths is not None and task.recipe.bucket > 1:
+        orders = [batch_order(m, lengths, task.recipe, s) for m, s in zip(members, seeds, strict=True)]
+        steps = [torch.stack(column) for column in zip(*orders, strict=True)]
+    else:
+        positions = {s: batch_order(torch.arange(len(members[0])), None, task.recipe, s) for s in set(seeds)}
+        member = torch.stack(members)  # (M, n)
+        columns = zip(*(positions[s] for s in seeds), strict=True)
+        steps = [member.gather(1, torch.stack(column)) for column in columns]  # each (M, B)
+    forward = vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
+    update = optimizer(task.recipe, stack.values())
+    model_axis = torch.arange(models)[:, None]
+    template.train()
+    for index, rate in zip(steps, learning_rates(task.recipe, len(steps)), strict=True):
+        for group in update.param_groups:
+            group["lr"] = rate
+        inputs = {k: v[index] for k, v in task.train.inputs.items()}
+        outputs = forward(stack, inputs)  # (M, B, ...)
+        losses = task.objective.loss(outputs.flatten(0, 1), task.train.targets[index].flatten())
+        value = (losses.view_as(index) * weights[model_axis, index]).sum() / index.shape[1]
+        update.zero_grad(set_to_none=True)
+        value.backward()
+        if task.recipe.clip is not None:
+            clip([p.grad for p in stack.values() if p.grad is not None], task.recipe.clip, stacked=True)
+        update.step()
+    return {name: p.detach() for name, p in stack.items()}
+
+
+@torch.no_grad()
+def measure_stack(task: Task, stack: dict[str, Tensor], split: str) -> Tensor:
+    """Measurements of a split by every model, (M, n)."""
+    template, examples = task.initial(0), task.splits[split]
+    forward = vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs), in_dims=(0, None))
+    parts = []
+    for start in range(0, len(examples), ROWS):
+        batch: Batch = examples.batch(slice(start, start + ROWS))
+        outputs = forward(stack, batch.inputs)  # (M, b, ...)
+        targets = batch.targets.expand(len(outputs), *batch.targets.shape)
+        parts.append(task.objective.measure(outputs.flatten(0, 1), targets.flatten(0, 1)).view(len(outputs), -1))
+    return torch.cat(parts, 1)
