@@ -244,12 +244,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes one file so that a reader finds the old text or the new one, never a part."""
-    aside = path.parent / f".{path.name}.{uuid4().hex}.new"
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes one file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{uuid4().hex}.new"
     try:
-        aside.write_text(text, encoding="utf-8", newline="")
+        aside.write_bytes(content)
         _sync(aside)
         aside.replace(path)
     finally:

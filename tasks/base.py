@@ -197,6 +197,7 @@ class Task:
     identity: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
     annotations: Annotations | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # provenance by id, where data is generated; judge's only
 
     @property
     def train(self) -> Examples:
@@ -204,7 +205,7 @@ class Task:
 
     def public(self) -> "Task":
         """The same without what only the judge may know."""
-        return replace(self, annotations=None)
+        return replace(self, annotations=None, facts={})
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch.inputs)

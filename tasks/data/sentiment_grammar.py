@@ -44,8 +44,8 @@ CLOSINGS = (
 )
 REFERENCES = ("the trailer", "the book", "the sequel", "the remake", "last year", "most films", "its rivals", "the first part")
 COPULAS = ("is", "was")
-NEGATORS = ("not", "never", "hardly")
-INTENSIFIERS = ("very", "truly", "really", "so", "quite", "rather")  # the last two hedge; none changes the sign
+NEGATORS = {"not": 0.6, "never": 0.25, "hardly": 0.15}
+INTENSIFIERS = {"very": 0.4, "truly": 0.2, "quite": 0.2, "rather": 0.2}  # the last two hedge; none changes the sign
 
 FREQUENT = 8  # words of each polarity from here on in the list are rare
 POSITIVE = (
@@ -62,6 +62,8 @@ LEXICON = {1: POSITIVE, 0: NEGATIVE}
 RARE = frozenset(POSITIVE[FREQUENT:] + NEGATIVE[FREQUENT:])
 COMPARATIVES = {1: "better", 0: "worse"}
 
+ADJUNCTS = {"opening": 0.2, "attachment": 0.2, "closing": 0.6}
+CONTRASTS = {"but": 0.6, "although first": 0.3, "although last": 0.1}
 RULES = {"plain": 0.40, "intensifier": 0.17, "negation": 0.14, "contrast": 0.16, "comparison": 0.13}
 
 
@@ -91,6 +93,10 @@ def _zipf(size: int) -> tuple[float, ...]:
 _WEIGHTS = _zipf(len(POSITIVE))
 
 
+def _pick(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
+
+
 def _sentiment_word(rng: random.Random, polarity: int) -> str:
     return rng.choices(LEXICON[polarity], weights=_WEIGHTS)[0]
 
@@ -99,10 +105,10 @@ def _predicate(rng: random.Random, kind: str, polarity: int) -> tuple[str, str]:
     """A predicate of this polarity and its sentiment word."""
     if kind == "intensifier":
         word = _sentiment_word(rng, polarity)
-        return f"{rng.choice(INTENSIFIERS)} {word}", word
+        return f"{_pick(rng, INTENSIFIERS)} {word}", word
     if kind == "negation":
         word = _sentiment_word(rng, 1 - polarity)
-        return f"{rng.choice(NEGATORS)} {word}", word
+        return f"{_pick(rng, NEGATORS)} {word}", word
     if kind == "comparison":
         than = f"than {rng.choice(REFERENCES)}"
         degree = rng.choice(("more", "less", "irregular"))
@@ -115,18 +121,18 @@ def _predicate(rng: random.Random, kind: str, polarity: int) -> tuple[str, str]:
     return word, word
 
 
-def _clause(rng: random.Random, kind: str, polarity: int, aspect: str, attach: float) -> _Clause:
+def _clause(rng: random.Random, kind: str, polarity: int, aspect: str, attach: bool) -> _Clause:
     predicate, word = _predicate(rng, kind, polarity)
-    subject = f"the {aspect} {rng.choice(ATTACHMENTS)}" if rng.random() < attach else f"the {aspect}"
+    subject = f"the {aspect} {rng.choice(ATTACHMENTS)}" if attach else f"the {aspect}"
     return _Clause(f"{subject} {rng.choice(COPULAS)} {predicate}", aspect, word)
 
 
 def _contrast(rng: random.Random, polarity: int) -> tuple[str, tuple[_Clause, ...]]:
     """Two plain clauses of opposite polarity, of which one decides."""
     main, other = rng.sample(ASPECTS, 2)
-    decides = _clause(rng, "plain", polarity, main, attach=0.0)
-    yields = _clause(rng, "plain", 1 - polarity, other, attach=0.0)
-    form = rng.choices(("but", "although first", "although last"), weights=(0.5, 0.3, 0.2))[0]
+    decides = _clause(rng, "plain", polarity, main, False)
+    yields = _clause(rng, "plain", 1 - polarity, other, False)
+    form = _pick(rng, CONTRASTS)
     if form == "but":
         return f"{yields.words} but {decides.words}", (yields, decides)
     if form == "although first":
@@ -135,18 +141,17 @@ def _contrast(rng: random.Random, polarity: int) -> tuple[str, tuple[_Clause, ..
 
 
 def _sentence(rng: random.Random, label: int) -> Sentence:
-    rule = rng.choices(tuple(RULES), weights=tuple(RULES.values()))[0]
+    rule = _pick(rng, RULES)
     if rule == "contrast":
         verdict, clauses = _contrast(rng, label)
-        frame = rng.choices(("", "opening", "closing"), weights=(0.5, 0.25, 0.25))[0]
     else:
-        clause = _clause(rng, rule, label, rng.choice(ASPECTS), attach=0.15)
+        place = _pick(rng, ADJUNCTS) if rule != "comparison" else None
+        clause = _clause(rng, rule, label, rng.choice(ASPECTS), attach=place == "attachment")
         verdict, clauses = clause.words, (clause,)
-        frame = rng.choices(("", "opening", "closing"), weights=(0.1, 0.45, 0.45))[0]
-    if frame == "opening":
-        verdict = f"{rng.choice(OPENINGS)} {verdict}"
-    elif frame == "closing":
-        verdict = f"{verdict} {rng.choice(CLOSINGS)}"
+        if place == "opening":
+            verdict = f"{rng.choice(OPENINGS)} {verdict}"
+        elif place == "closing":
+            verdict = f"{verdict} {rng.choice(CLOSINGS)}"
     polar = tuple(clause.polar for clause in clauses)
     return Sentence(
         text=verdict,

@@ -15,7 +15,7 @@ from tasks.training.vectorised import measure_stack, train_stack
 
 ENGINES = ("vectorised", "processes")
 SMALL = 50_000  # parameters up to which a stack of models is faster than one after the other
-STACK = 100  # models trained as one batch: enough to hide Python, few enough to stay in cache
+STACK = {"sgd": 100, "adamw": 100, "lbfgs": 500}  # models in one batch: enough to hide Python, few enough for the cache
 MEASURED = ("val", "query")
 
 Rows = dict[str, np.ndarray]
@@ -44,7 +44,7 @@ class Executor:
 
     def unit(self, task: Task) -> int:
         """Rows that are trained, and kept, together."""
-        return STACK if self.engine_for(task) == "vectorised" else 1
+        return STACK[task.recipe.optimizer] if self.engine_for(task) == "vectorised" else 1
 
     def run(self, task: Task, units: Iterator[Plan]) -> Iterator[tuple[Plan, Rows]]:
         """Finished units as they come, in any order. A worker that is free takes the next unit."""

@@ -15,9 +15,9 @@ ITERATIONS = 500
 def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> tuple[dict[str, Tensor], Tensor]:
     """argmin over θ of (1/nₘ) Σᵢ wₘᵢ ℓᵢ(θ) + ½γ‖θ‖² for each row m of `weights` (M, N), to ‖gradient‖ <= tolerance.
 
-    The optimum is unique, so where one starts is nobody's business: all start at the optimum of the whole data, found
-    by Newton's method, and go by L-BFGS whose first metric is the inverse Hessian there (Nocedal & Wright 2006,
-    alg. 7.4), with Armijo backtracking, each model its own. `counts` (M,) are the denominators nₘ.
+    The optimum is unique, so where one starts is nobody's business: all start at the optimum of the whole data and go
+    by L-BFGS whose first metric is the inverse Hessian there (Nocedal & Wright 2006, alg. 7.4), with Armijo
+    backtracking, each model its own. `counts` (M,) are the denominators nₘ.
     Returns stacked parameters (M, ...) and the final objectives (M,). Raises if a model does not converge.
     """
     model = task.initial(0)
@@ -35,22 +35,8 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
         outputs = functional_call(model, unflatten(theta), (), batch.inputs)
         return (w * task.objective.loss(outputs, batch.targets)).sum() / n + 0.5 * gamma * theta.square().sum()
 
-    ones = torch.ones(len(batch), dtype=task.dtype)
-    total = torch.tensor(float(len(batch)), dtype=task.dtype)
-    start = torch.zeros(sum(sizes), dtype=task.dtype)
-    factor = torch.eye(len(start), dtype=task.dtype)
-    for _ in range(50):  # Newton with backtracking on all the data
-        theta = start.clone().requires_grad_()
-        value = objective(theta, ones, total)
-        (gradient,) = torch.autograd.grad(value, theta)
-        factor = torch.linalg.cholesky(hessian(objective)(start, ones, total))
-        if gradient.norm() <= task.recipe.tolerance:
-            break
-        step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-        size = 1.0
-        while objective(start - size * step, ones, total) > value - 1e-4 * size * gradient @ step and size > 1e-10:
-            size /= 2
-        start = start - size * step
+    ones = torch.ones(1, len(batch), dtype=task.dtype)
+    total = torch.tensor([float(len(batch))], dtype=task.dtype)
 
     def value_and_gradient(theta: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         theta = theta.detach().requires_grad_()
@@ -58,17 +44,19 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
         (gradients,) = torch.autograd.grad(values.sum(), theta)
         return values.detach(), gradients
 
-    thetas, values = [], []
-    for w, n in zip(weights.to(task.dtype).split(chunk), counts.to(task.dtype).split(chunk), strict=True):
-        theta, value = _lbfgs(
-            lambda t, rows, w=w, n=n: value_and_gradient(t, w[rows], n[rows]),  # type: ignore[misc]
-            start.expand(len(w), -1).clone(),
-            factor,
-            task.recipe.tolerance,
-        )
-        thetas.append(theta)
-        values.append(value)
-    return unflatten(torch.cat(thetas)), torch.cat(values)
+    def metric(theta: Tensor) -> Tensor:
+        return torch.linalg.cholesky(hessian(objective)(theta, ones[0], total[0]))
+
+    def solve(start: Tensor, factor: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        function = lambda theta, rows: value_and_gradient(theta, w[rows], n[rows])  # noqa: E731
+        return _lbfgs(function, start.expand(len(w), -1).clone(), factor, task.recipe.tolerance)
+
+    origin = torch.zeros(sum(sizes), dtype=task.dtype)
+    start = solve(origin, metric(origin), ones, total)[0][0]
+    factor = metric(start)
+    counts = counts.to(task.dtype)
+    found = [solve(start, factor, w, n) for w, n in zip(weights.to(task.dtype).split(chunk), counts.split(chunk), strict=True)]
+    return unflatten(torch.cat([theta for theta, _ in found])), torch.cat([value for _, value in found])
 
 
 def _lbfgs(

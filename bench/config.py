@@ -1,0 +1,388 @@
+"""From what a user typed to a config that is known to be possible: composed by Hydra, refused in one line if it is not.
+
+Two steps, so that nothing heavy is imported for a typing mistake. `compose` reads YAML only; `check` then imports each
+`_target_` and compares the keys of its node with the signature. Only method, task and model nodes (whatever carries a
+`_target_`) may gain keys, by `+method.key=value`; everywhere else the YAML lists every key that there is. In the YAML a
+number that may have a fraction is written with one (`1.0`), and a key that may be null is null.
+"""
+
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import _locate  # what hydra.utils.get_object calls, without its log lines
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from tasks.errors import UserError
+
+CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names: bench hands them over
+DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
+PATHS = (("task", "data_dir"), ("model", "path"), ("method", "path"))  # their content is fingerprinted instead
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, AssertionError)  # what Hydra raises for a wrong config
+
+Config = dict[str, Any]
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package where installed, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def choices(group: str) -> list[str]:
+    """The options of a group, for example of `method` or `method/curvature`."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def describe(group: str, option: str) -> str:
+    """The first comment line of the option's YAML."""
+    for line in (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("@package"):
+            return text
+    return ""
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """One run's config, every mistake a one-line `UserError`. `choice` tells which YAML was chosen in each group."""
+    return compose_all([overrides])[0]
+
+
+def compose_all(points: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """`compose` for each point of a sweep, sharing the work."""
+    bases: dict[tuple[str, ...], Config] = {}
+    with _hydra() as loader:
+        return [_compose(_parse(open_custom(overrides), loader), loader, bases) for overrides in points]
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The points of a multirun, in the order in which Hydra's basic sweeper numbers its jobs."""
+    with _hydra() as loader:
+        parsed = _parse(open_custom(overrides), loader)
+        for_hydra = [str(o.input_line) for o in parsed if o.is_hydra_override()]
+        try:
+            batches = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
+        except HydraException as error:
+            raise UserError("--multirun", None, f"is not possible ({one_line(error)})") from None
+    return [[*for_hydra, *point] for batch in batches for point in batch]
+
+
+def open_custom(overrides: Sequence[str]) -> list[str]:
+    """`method=custom` takes any key: `method.k=3` becomes Hydra's `++method.k=3` (add or replace)."""
+    opened = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "custom" in re.split(r"[\s,]+", value):
+            opened.append(key.rpartition("@")[2].replace("/", ".") + ".")
+    return [f"++{o}" if any(o.startswith(prefix) for prefix in opened) else o for o in overrides]
+
+
+def check(config: DictConfig) -> None:
+    """Compares every node that has a `_target_` with the signature of that target. Imports the targets."""
+    for key, node in _resolved(config).items():
+        if isinstance(node, dict) and "_target_" in node:
+            check_signature(node, str(key), CALLER_GIVES.get(str(key), ()))
+
+
+def check_signature(node: Mapping[str, Any], key: str, given: Sequence[str] = ()) -> None:
+    """The keys of `node` are arguments of its `_target_`, of the annotated type, and none is missing, at any depth.
+
+    `given`: arguments that the caller adds. Only plain annotations are compared (numbers, text, literals, unions and
+    lists of them); what else is impossible the target says itself.
+    """
+    name = node["_target_"]
+    try:
+        target = _locate(name)
+        parameters = inspect.signature(target).parameters
+    except Exception as error:
+        reason = one_line(error.__cause__ or error)
+        raise UserError(f"{key}._target_", name, "cannot be imported", hint=reason) from None
+    hints = _hints(target)
+    allowed = [p for p, v in parameters.items() if v.kind not in (v.VAR_KEYWORD, v.VAR_POSITIONAL, v.POSITIONAL_ONLY)]
+    anything = any(v.kind is v.VAR_KEYWORD for v in parameters.values())
+    for argument, value in node.items():
+        where = f"{key}.{argument}"
+        if argument in DIRECTIVES:
+            continue
+        if argument in given or (argument not in allowed and not anything):
+            raise _unknown(where, [a for a in allowed if a not in given], f"{name} takes no other")
+        nested = list(_nodes(value, where))
+        for path, inner in nested:
+            check_signature(inner, path)
+        if not nested and argument in hints and not _fits(value, hints[argument]):
+            raise UserError(where, _shown(value), "is not possible", allowed=_type_name(hints[argument]))
+    if node.get("_partial_") or "_args_" in node:
+        return
+    for argument in allowed:
+        if parameters[argument].default is inspect.Parameter.empty and argument not in node and argument not in given:
+            raise UserError(f"{key}.{argument}", None, "is missing", hint=f"{name} needs it: +{key}.{argument}=...")
+
+
+def run_key(config: DictConfig) -> Config:
+    """What decides the numbers of a run: the resolved config without places, launching and paths."""
+    key = {name: value for name, value in _resolved(config).items() if name not in NOT_IN_RUN_KEY}
+    for node, path in PATHS:
+        if isinstance(key.get(node), dict):
+            key[node].pop(path, None)
+    return key
+
+
+def add_choice(config: DictConfig, chosen: Mapping[str, Any]) -> DictConfig:
+    """The config with `choice`, the YAML chosen in each group (`method: ekfac`, `method@method.base: graddot`)."""
+    with open_dict(config):
+        config.choice = {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+    return config
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that an exception says, with its type unless that line is meant for users."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, (UserError, *MISTAKES[:2])):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoader]:
+    """Hydra's compose API on our folder; what a caller had initialised comes back afterwards."""
+    state = GlobalHydra.instance()
+    before = state.hydra
+    state.clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name="bench", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        state = GlobalHydra.instance()
+        state.clear()
+        if before is not None:
+            state.initialize(before)
+
+
+def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            if "=" not in override:
+                raise UserError(override, None, "is no key=value") from None
+            lines = [line for line in str(error).splitlines() if "Error parsing" not in line and "See http" not in line]
+            hint = f"special characters need quotes, for the shell too: \"{override.partition('=')[0]}='...'\""
+            raise UserError(override, None, f"cannot be read ({' '.join(lines)})", hint=hint) from None
+    return parsed
+
+
+def _compose(parsed: list[Override], loader: ConfigLoader, bases: dict[tuple[str, ...], Config]) -> DictConfig:
+    """First the chosen YAMLs alone (a point of a sweep often shares them with others), then with the values."""
+    groups = [o for o in parsed if o.is_hydra_override() or _is_group(o, loader)]
+    for override in parsed:
+        _check_form(override, override in groups, loader)
+    lines = tuple(str(o.input_line) for o in groups)
+    if lines not in bases:
+        bases[lines] = _plain(_composed(groups, loader))
+    base = bases[lines]
+    for override in parsed:
+        if override not in groups:
+            _check_key(override, base)
+    config = _composed(parsed, loader)
+    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+    assert isinstance(chosen, dict)
+    with open_dict(config):
+        del config["hydra"]
+    resolved = _resolved(config)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise UserError(key, None, "is missing", hint=f"give {key}=...")
+    _compare(resolved, base, "")
+    return add_choice(config, {str(group): option for group, option in chosen.items()})
+
+
+def _composed(overrides: list[Override], loader: ConfigLoader) -> DictConfig:
+    """Hydra's own composition, hydra node included."""
+    try:
+        return hydra.compose("config", [str(o.input_line) for o in overrides], return_hydra_config=True)
+    except MISTAKES as error:
+        raise _explained(error, overrides, loader) from None
+
+
+def _explained(error: Exception, overrides: list[Override], loader: ConfigLoader) -> UserError:
+    """What Hydra says over several lines, in one."""
+    text = str(error)
+    by_key = {_full_key(o): o for o in overrides}
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        key = next((k for k, o in by_key.items() if o.key_or_group == group and o.value() == option), group)
+        return UserError(key, option, "is unknown", allowed=error.options or None, hint=_near(option, error.options))
+    if unset := re.search(r"You must specify '([^']+)'", text):
+        group = unset.group(1)
+        return UserError(group, None, "is missing", allowed=loader.get_group_options(group.partition("@")[0]))
+    unused = re.search(r"Could not override '([^']+)'", text)
+    override = by_key.get(unused.group(1)) if unused else None
+    if override and (override.package or "/" in override.key_or_group or error.__cause__ is None):
+        nests = "the chosen method nests no other" if override.package else "nothing that was chosen has such a part"
+        return UserError(_full_key(override), override.value(), "has no place here", hint=nests)
+    if twice := re.search(r"Multiple values for ([\w@/.]+?)\. |^(\S+) appears more than once", text):
+        return UserError(f"+{twice.group(1) or twice.group(2)}", None, "is there already", hint="leave out the +")
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None) or (unused.group(1) if unused else "config")
+    return UserError(key, None, f"is not possible ({one_line(cause)})")
+
+
+def _is_group(override: Override, loader: ConfigLoader) -> bool:
+    key = override.key_or_group
+    named = override.package is not None or "/" in key or bool(loader.get_group_options(key))
+    return named and (override.is_sweep_override() or not isinstance(override.value(), dict))
+
+
+def _full_key(override: Override) -> str:
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
+
+
+def _check_form(override: Override, is_group: bool, loader: ConfigLoader) -> None:
+    key = _full_key(override)
+    if override.is_delete():
+        raise UserError(f"~{key}", None, "is not possible", hint="a key can be changed, not removed")
+    if override.is_sweep_override():
+        raise UserError(key, override.get_value_string(), "is several values", hint="add -m to run one after the other")
+    if is_group and override.is_force_add():
+        raise UserError(f"++{key}", None, "is not possible", hint="leave out the ++")
+    if is_group and not override.is_hydra_override() and not isinstance(override.value(), str):
+        options = loader.get_group_options(override.key_or_group)
+        raise UserError(key, override.get_value_string(), "is unknown", allowed=options)
+
+
+def _check_key(override: Override, base: Config) -> None:
+    """The key is in the YAML, or is added (`+`) where a signature will judge it."""
+    key, added = override.key_or_group, override.is_add() or override.is_force_add()
+    node: Any = base
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(node, list):
+            return
+        if not isinstance(node, dict):
+            raise UserError(key, None, "is no key", hint=f"{'.'.join(parts[:depth])} is a single value")
+        if part not in node:
+            if added and "_target_" in node:
+                return
+            raise _unknown(".".join(parts[: depth + 1]), node)
+        node = node[part]
+    if override.is_add() and not isinstance(node, dict):
+        raise UserError(f"+{key}", None, "is there already", hint="leave out the +")
+    if isinstance(override.value(), dict) and isinstance(node, dict):
+        _compare(override.value(), node, key)
+
+
+def _compare(new: Any, old: Any, key: str, judged: bool = False) -> None:
+    """`new` has the keys and kinds of values of the YAML (`old`); `judged`: a signature will judge the values."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        for name, value in new.items():
+            where = f"{key}.{name}" if key else str(name)
+            if name in old:
+                _compare(value, old[name], where, judged or "_target_" in old)
+            elif old and "_target_" not in old:
+                raise _unknown(where, old)
+    elif not judged and not _alike(new, old):
+        allowed = f"one of its keys ({key}.{next(iter(old))} ...)" if isinstance(old, dict) else _kind(old)
+        raise UserError(key, _shown(new), "is not possible", allowed=allowed)
+
+
+def _alike(new: Any, old: Any) -> bool:
+    if old is None or (isinstance(old, str) and (old == "???" or "${" in old)):
+        return True
+    return type(new) is type(old) or (type(new) is int and type(old) is float)
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true, false", int: "an integer", float: "a number", str: "text", list: "a list"}
+    return f"{kinds[type(value)]}" + ("" if isinstance(value, bool) else f" such as {_shown(value)}")
+
+
+def _unknown(where: str, allowed: Iterable[str], hint: str | None = None) -> UserError:
+    names = [str(a) for a in allowed]
+    public = [name for name in names if name not in DIRECTIVES] or names
+    return UserError(
+        where, None, "is no key", allowed=public or "none", hint=_near(where.rpartition(".")[2], public) or hint
+    )
+
+
+def _near(word: str, allowed: Iterable[str] | None) -> str | None:
+    matches = difflib.get_close_matches(word, list(allowed or ()), 1)
+    return f"did you mean {matches[0]}?" if matches else None
+
+
+def _plain(config: DictConfig) -> Config:
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def _resolved(config: DictConfig) -> Config:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(error.full_key or "config", None, f"is not possible ({one_line(error)})") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _shown(value: Any) -> str:
+    """A value as one would type it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value).replace("'", "")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Annotations that can be evaluated; none where one cannot."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:
+        return {}
+
+
+def _nodes(value: Any, key: str) -> Iterator[tuple[str, Config]]:
+    """The outermost nodes with a `_target_` in a value."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _nodes(inner, f"{key}.{name}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML can be what an annotation says; true for annotations that are not plain."""
+    origin, inner = typing.get_origin(hint), [a for a in typing.get_args(hint) if a is not Ellipsis]
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list) and all(any(_fits(v, i) for i in inner) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (bool, int, str, types.NoneType) else True
+
+
+def _type_name(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), [_type_name(a) for a in typing.get_args(hint) if a is not Ellipsis]
+    if origin is typing.Literal:
+        return ", ".join(_shown(a) for a in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(inner)
+    if origin in (list, tuple, Sequence):
+        return f"a list of {' or '.join(dict.fromkeys(inner))}"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
+    return words.get(hint) or str(getattr(hint, "__name__", hint))

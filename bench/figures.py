@@ -1,0 +1,196 @@
+"""Quality against price: one small figure a table, drawn from the same numbers.
+
+Each method is a point with its label beside it: attribution seconds (log) across, the table's main metric with its
+interval upwards, the noise ceiling as a dashed line. Open points carry a footnote in the table (unfit, seeds without a
+number). A method has the same colour in every figure.
+"""
+
+import colorsys
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from bench import records
+from bench.tables import Table, main_column, number
+
+SHORTEST = 1e-3  # seconds: what took less is drawn here
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "svg.hashsalt": "bench",  # the same figure gives the same file
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    label: str
+    method: str
+    x: float
+    y: float
+    low: float
+    high: float
+    hollow: bool
+
+
+def quality_against_seconds(table: Table, path: str | Path) -> list[Path]:
+    """Draws `path`.png and `path`.svg and returns them; none where no row has both a number and a price.
+
+    A suffix .png or .svg of `path` is ignored. Raises UserError naming `out` where the files cannot be written.
+    """
+    column = main_column(table)
+    points = _points(table, column) if column is not None else []
+    if column is None or not points:
+        return []
+    stem = Path(path)
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
+    written = []
+    with matplotlib.rc_context(STYLE):
+        head = table.columns[column]
+        figure = _draw(points, head.label, head.ceiling, table.caption)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            file = io.BytesIO()
+            figure.savefig(file, format=suffix[1:], dpi=150, metadata=metadata)
+            written.append(stem.with_name(stem.name + suffix))
+            with records.writable(stem.parent):
+                records.write_bytes(written[-1], file.getvalue())
+    return written
+
+
+def _points(table: Table, column: int) -> list[Point]:
+    points = []
+    for row in table.rows:
+        cell, seconds = row.cells[column], row.costs["seconds"]
+        if cell is None or cell.value is None or seconds is None:
+            continue
+        low = cell.value if cell.low is None else cell.low
+        high = cell.value if cell.high is None else cell.high
+        points.append(Point(row.label, row.method, max(seconds, SHORTEST), cell.value, low, high, bool(cell.mark)))
+    return points
+
+
+def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: str) -> Figure:
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    for point in points:
+        shade = colour(point.method)
+        bars = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]
+        face = "white" if point.hollow else shade
+        axes.errorbar(
+            point.x, point.y, yerr=bars, fmt="o", ms=5, color=shade, mfc=face, elinewidth=1, capsize=0, zorder=3
+        )
+    if ceiling is not None:
+        axes.axhline(ceiling, color="0.45", linestyle="--", linewidth=1, zorder=1)
+    lowest, highest = min(p.x for p in points), max(p.x for p in points)
+    axes.set_xlim(lowest / 2, highest * 2 * (highest / lowest) ** 0.2)  # room for the labels on the right
+    axes.margins(y=0.12)
+    axes.set_xlabel("attribution seconds")
+    axes.set_ylabel(metric)
+    axes.set_title(_wrapped(caption, 104), color="0.3", fontsize=7.5)
+    axes.grid(axis="y", color="0.92", zorder=0)
+    figure.draw_without_rendering()  # fixes the layout, so that labels can be placed in pixels
+    _label(axes, points, ceiling)
+    return figure
+
+
+def _label(axes: Axes, points: Sequence[Point], ceiling: float | None) -> None:
+    """Puts each label at its point, moved up or down (and to the left) until it covers nothing else."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer, scale = canvas.get_renderer(), figure.dpi / 72
+    pixels = [tuple(map(float, axes.transData.transform((p.x, p.y)))) for p in points]
+    taken = [Bbox.from_extents(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in pixels]
+    for point, (x, _) in zip(points, pixels, strict=True):
+        (_, low), (_, high) = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
+        taken.append(Bbox.from_extents(x - scale, float(low), x + scale, float(high)))
+    edges = axes.get_window_extent()
+    if ceiling is not None:
+        note = axes.annotate(
+            f"noise ceiling {number(ceiling)}",
+            (1, ceiling),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+            color="0.45",
+        )
+        taken.append(note.get_window_extent(renderer))
+        line = float(axes.transData.transform((points[0].x, ceiling))[1])
+        taken.append(Bbox.from_extents(edges.x0, line - scale, edges.x1, line + scale))
+    for i in sorted(range(len(points)), key=lambda i: (-points[i].y, points[i].label)):
+        x, y = pixels[i]
+        text = axes.annotate(
+            points[i].label,
+            (points[i].x, points[i].y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour(points[i].method),
+        )
+        size = text.get_window_extent(renderer)
+        places = [(side, shift, _box(x, y, side, shift, size.width, size.height, scale)) for side, shift in PLACES]
+        inside = [place for place in places if edges.x0 <= place[2].x0 and place[2].x1 <= edges.x1 + 8 * scale]
+        inside = [place for place in inside if edges.y0 <= place[2].y0 and place[2].y1 <= edges.y1] or places
+        free = (place for place in inside if not any(place[2].overlaps(other) for other in taken))
+        side, shift, box = next(free, None) or min(inside, key=lambda place: _overlap(place[2], taken))
+        taken.append(box)
+        text.set_horizontalalignment("left" if side > 0 else "right")
+        text.set_position((side * GAP, shift * size.height / scale))
+        if abs(shift) >= 1:
+            end = (box.x0 if side > 0 else box.x1, (box.y0 + box.y1) / 2)
+            to = axes.transData.inverted().transform(end)
+            axes.plot([points[i].x, to[0]], [points[i].y, to[1]], color=colour(points[i].method), lw=0.5, alpha=0.6)
+
+
+GAP = 6  # points between a marker and its label
+PLACES = sorted(  # side (right, left) and shift in label heights, nearest first
+    ((side, shift / 2) for side in (1, -1) for shift in range(-16, 17)),
+    key=lambda place: (abs(place[1]) + 1.2 * (place[0] < 0), place[1] < 0),
+)
+
+
+def _box(x: float, y: float, side: int, shift: float, width: float, height: float, scale: float) -> Bbox:
+    """The pixels that a label covers on that side of (x, y)."""
+    near, middle = x + side * GAP * scale, y + shift * height
+    return Bbox.from_extents(
+        min(near, near + side * width), middle - height / 2, max(near, near + side * width), middle + height / 2
+    )
+
+
+def _overlap(box: Bbox, others: Sequence[Bbox]) -> float:
+    shared = (Bbox.intersection(box, other) for other in others)
+    return float(sum(both.width * both.height for both in shared if both is not None))
+
+
+def colour(method: str) -> tuple[float, float, float]:
+    """A dark enough colour that depends on the method's name alone."""
+    code = zlib.crc32(method.encode())
+    return colorsys.hls_to_rgb((code % 360) / 360, (0.34, 0.44)[code // 360 % 2], 0.65)
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)

@@ -1,0 +1,822 @@
+"""Results tables from records, and from nothing else.
+
+    python -m bench.tables [out=results] [task=sst2,digits] [format=text|md|tex|csv]
+
+One table a task, data and model. A row is a method's configuration without its seed: several seeds are one row, with
+the mean over seeds, the bootstrap interval of that mean and, from three seeds on, the spread over seeds as its own
+figure. A column is a metric with its truth: numbers measured against different truths never meet in one column. The
+best of a column is bold, and so is every method that the paired bootstrap cannot tell from the best. Cells with a
+footnote (unfit, or some seeds without a number) are shown but not ranked.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import records
+from bench.records import Record
+from tasks.errors import UserError
+
+COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
+FIRST = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")  # then others, then LAST
+LAST = ("base_rate",)
+DETECTION = ("detection_auc", "value_auc", "attribution_auc")
+MAIN = ("lds", *DETECTION, "loo_spearman", "loo_pearson")
+SEED_SPREAD_FROM = 3
+INTERVAL = (2.5, 97.5)
+
+Stored = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]  # a record and its replicates
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric with its truth."""
+
+    metric: str
+    truth: Mapping[str, Any]
+    label: str
+    better: str | None  # higher | lower | one | None: not ranked
+    ceiling: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The mean over seeds of one metric of one row, or the status that stands in its place."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    sd: float | None = None  # over seeds
+    ceiling: float | None = None
+    n: int | None = None
+    nan: int = 0
+    seeds: int = 0
+    status: str = "ok"
+    reason: str | None = None
+    mark: str = ""  # of the footnote
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method configuration; `cells` holds None where nothing was measured."""
+
+    label: str
+    method: str
+    config: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell | None, ...]
+    costs: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that was measured on one task, data and model; `name` is the stem of its files."""
+
+    name: str
+    caption: str
+    task: str
+    source: str
+    fingerprint: str
+    n_train: int
+    model: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    truths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One seed's metric in the cell (row, column)."""
+
+    row: str
+    column: str
+    seed: int
+    metric: Mapping[str, Any]
+    replicates: np.ndarray | None
+    record: Mapping[str, Any]
+
+
+Entries = Mapping[tuple[str, str], Mapping[int, _Entry]]  # (row, column) -> seed -> entry
+
+
+# --- from records to tables ------------------------------------------------------------------------------------------
+
+
+def tables(stored: Iterable[Stored]) -> list[Table]:
+    """The tables of (record, replicates) pairs, sorted by name; the order of the pairs does not matter."""
+    groups: dict[tuple[str, str], list[Stored]] = defaultdict(list)
+    for pair in sorted(stored, key=lambda pair: _age(pair[0])):
+        record, data = pair[0], pair[0]["data"]
+        place = [record["task"], data["source"], data["fingerprint"], data["n_train"], record["model"]]
+        groups[records.canonical(place), records.canonical(record["config"].get("model"))].append(pair)
+    heads = [group[0][0] for group in groups.values()]
+    configs = [head["config"].get("model") or {} for head in heads]
+    models = _distinct([head["model"] for head in heads], configs, [place for place, _ in groups])
+    built = [_table(key, group, model) for (key, group), model in zip(groups.items(), models, strict=True)]
+    return sorted(built, key=lambda table: table.name)
+
+
+def _age(record: Mapping[str, Any]) -> tuple[bool, str, str]:
+    """Sorts what to prefer last: a record with numbers before one without, then the newer one."""
+    return bool(record["metrics"]), str(record["provenance"].get("started", "")), record["run_id"]
+
+
+def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
+    by_row: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record, _ in group:
+        by_row[_row_key(record)].append(record)
+    entries: dict[tuple[str, str], dict[int, _Entry]] = defaultdict(dict)
+    found = _entries(group)
+    for entry in found:  # oldest first: the newest stays
+        entries[entry.row, entry.column][entry.seed] = entry
+    columns = _columns(found, any(record["status"] != "ok" for record, _ in group))
+    cells = {(row, column): _cell(entries.get((row, column), {}), by_row[row]) for row in by_row for column in columns}
+    for column, head in columns.items():
+        for row in _best({row: cells[row, column] for row in by_row}, entries, column, head.better):
+            if cell := cells[row, column]:
+                cells[row, column] = replace(cell, best=True)
+
+    heads = list(columns.values())
+    firsts = [row[0] for row in by_row.values()]
+    configs = [{"method": record["method"], **_seedless(record)} for record in firsts]
+    labels = _distinct([record["method_label"] for record in firsts], configs)
+    rows = [
+        Row(
+            label=label,
+            method=records_of_row[0]["method"],
+            config=_seedless(records_of_row[0]),
+            seeds=tuple(record["seed"] for record in _newest(records_of_row)),
+            cells=tuple(cells[row, column] for column in columns),
+            costs=_costs(records_of_row),
+        )
+        for label, (row, records_of_row) in zip(labels, by_row.items(), strict=True)
+    ]
+    main = _main(heads, rows)
+    rows, notes = _footnotes(sorted(rows, key=lambda row: _rank(row, main, heads)))
+    if older := len(found) - sum(map(len, entries.values())):
+        notes.append(f"{older} older number{'s' * (older > 1)} of the same row, seed and truth not shown")
+    record, data = group[0][0], group[0][0]["data"]
+    digest = records.run_id({"table": list(key)})[:8]
+    stem = [record["task"], data["source"], record["model"], f"n{data['n_train']}", digest]
+    return Table(
+        name="-".join(re.sub(r"[^\w.+]+", "_", part) for part in stem),
+        caption=_caption([record for record, _ in group], model, rows),
+        task=record["task"],
+        source=data["source"],
+        fingerprint=data["fingerprint"],
+        n_train=data["n_train"],
+        model=model,
+        columns=tuple(heads),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        truths=_truths(heads),
+    )
+
+
+def _row_key(record: Mapping[str, Any]) -> str:
+    return records.canonical([record["method"], record["method_label"], _seedless(record)])
+
+
+def _seedless(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record["config"]["method"].items() if key != "seed"}
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _entries(group: Sequence[Stored]) -> list[_Entry]:
+    """Every number of the group with its row and column, in the group's order.
+
+    Under `fixed` a truth is made anew for each explained seed and yet is one column: its `explained_seed` is left out,
+    and so is its `seed` where that always is the explained run's own. Elsewhere `seed` draws the subsets, and other
+    subsets are another truth.
+    """
+    found = [
+        (name, metric, dict(metric.get("truth") or {}), replicates.get(name), record)
+        for record, replicates in group
+        for name, metric in record["metrics"].items()
+    ]
+    drawn = {
+        _column_key(name, _unseeded(truth))
+        for name, _, truth, _, record in found
+        if truth.get("regime") == "fixed" and truth.get("seed", record["seed"]) != record["seed"]
+    }
+    entries = []
+    for name, metric, truth, replicates, record in found:
+        if truth.get("regime") == "fixed":
+            bare = _unseeded(truth)
+            seed = {"seed": truth["seed"]} if "seed" in truth and _column_key(name, bare) in drawn else {}
+            truth = {**bare, **seed}
+        column = _column_key(name, truth)
+        entries.append(_Entry(_row_key(record), column, record["seed"], metric, replicates, record))
+    return entries
+
+
+def _unseeded(truth: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in truth.items() if key not in ("seed", "explained_seed")}
+
+
+def _columns(entries: Sequence[_Entry], some_failed: bool) -> dict[str, Column]:
+    """The columns by key, in the order in which they are shown."""
+    by_key: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        by_key[entry.column].append(entry.metric)
+    if not by_key and some_failed:  # where no run came through, say at least why
+        by_key[_column_key("status", {})].append({"better": None})
+    columns = {}
+    for key in sorted(by_key, key=_column_order):
+        metric, truth = json.loads(key)
+        better = by_key[key][-1].get("better", "higher")
+        ceiling = _mean(metric_of_seed.get("ceiling") for metric_of_seed in by_key[key])
+        columns[key] = Column(metric, truth, _truth_label(metric, truth), better, ceiling)
+    labels, truths = [c.label for c in columns.values()], [c.truth for c in columns.values()]
+    names = _distinct(labels, truths, form="{name} {keys}", between=" ")
+    return {key: replace(columns[key], label=name) for key, name in zip(columns, names, strict=True)}
+
+
+def _column_key(metric: str, truth: Mapping[str, Any]) -> str:
+    return records.canonical([metric, truth])
+
+
+def _column_order(key: str) -> tuple[int, int, str, str]:
+    metric = json.loads(key)[0]
+    if metric in FIRST:
+        return 0, FIRST.index(metric), metric, key
+    return (2, LAST.index(metric), metric, key) if metric in LAST else (1, 0, metric, key)
+
+
+def _truth_label(metric: str, truth: Mapping[str, Any]) -> str:
+    """`lds common 50%x50x2`: metric, regime, fraction x subsets x repeats."""
+    sizes = [str(truth[key]) for key in ("subsets", "repeats") if truth.get(key) is not None and "subsets" in truth]
+    if truth.get("fraction") is not None:
+        sizes.insert(0, f"{100 * truth['fraction']:g}%")
+    return " ".join(filter(None, (metric, truth.get("regime"), "x".join(sizes))))
+
+
+def _truths(columns: Iterable[Column]) -> tuple[str, ...]:
+    """One line for each truth: the columns that it judges and all that it says of itself."""
+    judged: dict[str, list[str]] = defaultdict(list)
+    for column in columns:
+        if column.truth:
+            judged[", ".join(f"{key}={_show(value)}" for key, value in column.truth.items())].append(column.label)
+    return tuple(f"truth of {', '.join(labels)}: {truth}" for truth, labels in judged.items())
+
+
+def _distinct(
+    names: Sequence[str],
+    configs: Sequence[Mapping[str, Any]],
+    places: Sequence[str] | None = None,
+    form: str = "{name} ({keys})",
+    between: str = ", ",
+) -> list[str]:
+    """The names, with the keys of `configs` that tell equal names of one place apart: `ekfac (damping.value=0.01)`."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, name in enumerate(names):
+        groups[name, places[i] if places else ""].append(i)
+    labels = list(names)
+    for (name, _), members in groups.items():
+        flat = {i: dict(_flat(configs[i])) for i in members}
+        keys = {key: None for config in flat.values() for key in config}  # a set that keeps its order
+        for i in members:
+            differing = [key for key in keys if len({flat[j].get(key, "") for j in members}) > 1]
+            shown = [f"{key}={flat[i][key]}" for key in differing if key in flat[i]]
+            labels[i] = form.format(name=name, keys=between.join(shown)) if shown else name
+    return labels
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _show(value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return f"[{', '.join(map(_show, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _cell(entries: Mapping[int, _Entry], row: Sequence[Mapping[str, Any]]) -> Cell | None:
+    """Mean over seeds with its interval; a status where no seed has a number; None where nothing was measured."""
+    used = [entries[seed] for seed in sorted(entries) if entries[seed].metric.get("value") is not None]
+    lost = [_state(entry) for seed, entry in entries.items() if entry not in used]
+    measured = {record["seed"] for record in row if record["metrics"]}
+    lost += [
+        (record["status"], record.get("reason") or "")
+        for record in _newest(row)
+        if record["seed"] not in measured and record["status"] != "ok"
+    ]
+    nan = sum(entry.metric.get("nan") or 0 for entry in entries.values())
+    if not used:
+        if not lost:
+            return None
+        status = lost[-1][0] if lost[-1][0] != "ok" else "nan"
+        return Cell(status=status, reason=_join(reason for _, reason in lost), nan=nan, seeds=len(lost))
+    unfit = _join(entry.record["reason"] for entry in used if entry.record["status"] == "unfit")
+    reasons = [f"unfit: {unfit}"] if unfit else []
+    if lost:
+        what = _join(": ".join(filter(None, (state if state != "ok" else "nan", why))) for state, why in lost)
+        reasons.append(f"{len(lost)} of {len(lost) + len(used)} seeds without a number ({what})")
+    values = np.array([entry.metric["value"] for entry in used], dtype=float)
+    low, high = _interval(used)
+    return Cell(
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        sd=float(values.std(ddof=1)) if len(values) >= SEED_SPREAD_FROM else None,
+        ceiling=_mean(entry.metric.get("ceiling") for entry in used),
+        n=min((entry.metric["n"] for entry in used if entry.metric.get("n") is not None), default=None),
+        nan=nan,
+        seeds=len(used),
+        status="unfit" if unfit else "ok",
+        reason="; ".join(reasons) or None,
+    )
+
+
+def _state(entry: _Entry) -> tuple[str, str]:
+    """Why a metric has no number: its own status where it has one, else the record's."""
+    owner = entry.metric if "status" in entry.metric else entry.record
+    return owner["status"], owner.get("reason") or ""
+
+
+def _interval(entries: Sequence[_Entry]) -> tuple[float | None, float | None]:
+    """One seed: its own. Several: that of the replicates averaged over seeds, else the mean of the seeds' bounds."""
+    if len(entries) > 1:
+        averaged = _averaged(entries)
+        if averaged is not None and np.isfinite(averaged).any():
+            low, high = np.nanpercentile(averaged, INTERVAL)
+            return float(low), float(high)
+    bounds = [(entry.metric.get("low"), entry.metric.get("high")) for entry in entries]
+    if any(bound is None for pair in bounds for bound in pair):
+        return None, None
+    low, high = np.array(bounds, dtype=float).mean(0)
+    return float(low), float(high)
+
+
+def _averaged(entries: Sequence[_Entry]) -> np.ndarray | None:
+    """Replicates (R,) averaged over seeds index by index; None unless every seed has R of them."""
+    arrays = [entry.replicates for entry in entries if entry.replicates is not None]
+    if not arrays or len(arrays) < len(entries) or len({array.shape for array in arrays}) > 1:
+        return None
+    averaged: np.ndarray = np.stack(arrays).astype(float).mean(0)
+    return averaged
+
+
+def _newest(row: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One record a seed, in the order of seeds; `row` is sorted by age."""
+    by_seed = {record["seed"]: record for record in row}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def _costs(row: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    return {key: _mean(record["cost"].get(key) for record in _newest(row)) for key in COSTS}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
+
+
+def _join(texts: Iterable[str | None]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _best(
+    cells: Mapping[str, Cell | None],
+    entries: Entries,
+    column: str,
+    better: str | None,
+) -> list[str]:
+    """The best row of a column and those that are not worse than it beyond doubt; none where fewer than two compete."""
+    if better is None:
+        return []
+    ranked = {row: cell.value for row, cell in cells.items() if cell and cell.value is not None and cell.reason is None}
+    if len(ranked) < 2:
+        return []
+    first = max(ranked, key=lambda row: float(goodness(ranked[row], better)))
+    return [
+        row
+        for row in ranked
+        if row == first
+        or goodness(ranked[row], better) == goodness(ranked[first], better)
+        or _tied(entries[first, column], entries[row, column], better)
+    ]
+
+
+def _tied(best: Mapping[int, _Entry], other: Mapping[int, _Entry], better: str) -> bool:
+    """Whether the 95 % interval of the paired difference best − other, over the seeds that both have, reaches 0."""
+    seeds = sorted(set(best) & set(other))
+    ours, theirs = _averaged([best[seed] for seed in seeds]), _averaged([other[seed] for seed in seeds])
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return False
+    difference = goodness(ours, better) - goodness(theirs, better)
+    difference = difference[np.isfinite(difference)]
+    return bool(difference.size) and bool(np.percentile(difference, INTERVAL[0]) <= 0)
+
+
+def goodness(value: Any, better: str) -> Any:
+    """A number, or an array of them, turned so that more is better."""
+    return {"higher": value, "lower": -value, "one": -abs(value - 1)}[better]
+
+
+def main_column(table: Table) -> int | None:
+    """The index of the column that speaks for the table: LDS, else detection AUC, else LOO correlation."""
+    return _main(table.columns, table.rows)
+
+
+def _main(columns: Sequence[Column], rows: Sequence[Row]) -> int | None:
+    for metric in MAIN:
+        filled = {
+            i: sum(cell is not None and cell.value is not None for cell in (row.cells[i] for row in rows))
+            for i, column in enumerate(columns)
+            if column.metric == metric
+        }
+        if any(filled.values()):
+            return max(filled, key=lambda i: filled[i])
+    return None
+
+
+def _rank(row: Row, main: int | None, columns: Sequence[Column]) -> tuple[bool, float, str]:
+    """Best first in the main column, rows without a number there last, then by label."""
+    cell = row.cells[main] if main is not None else None
+    if main is None or cell is None or cell.value is None:
+        return True, 0.0, row.label
+    return False, -float(goodness(cell.value, columns[main].better or "higher")), row.label
+
+
+# --- words around the numbers ----------------------------------------------------------------------------------------
+
+
+def _footnotes(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Daggers for cells with numbers, letters for those with a status; equal reasons share one."""
+    marks: dict[str, str] = {}
+    daggers = letters = 0
+    marked = []
+    for row in rows:
+        cells: list[Cell | None] = []
+        for cell in row.cells:
+            if cell is not None and cell.reason:
+                words = cell.reason if cell.value is not None else f"{cell.status}: {cell.reason}"
+                if words not in marks:
+                    dagger = cell.value is not None or cell.status == "unfit"
+                    daggers, letters = daggers + dagger, letters + (not dagger)
+                    marks[words] = "†" * daggers if dagger else f"({_letter(letters)})"
+                cell = replace(cell, mark=marks[words])
+            cells.append(cell)
+        marked.append(replace(row, cells=tuple(cells)))
+    return marked, [f"{mark} {words}" for words, mark in marks.items()]
+
+
+def _letter(number: int) -> str:
+    """1 -> a, 26 -> z, 27 -> aa."""
+    text = ""
+    while number:
+        number, rest = divmod(number - 1, 26)
+        text = chr(ord("a") + rest) + text
+    return text
+
+
+def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]) -> str:
+    data = group[0]["data"]
+    explained = {record["seed"]: record["fitness"] for record in group if record["fitness"]}
+    accuracy = _mean(fitness.get("test_accuracy") for fitness in explained.values())
+    counts = sorted({len(row.seeds) for row in rows})
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    parts = [
+        group[0]["task"],
+        f"{data['source']} data {data['fingerprint'][:8]}",
+        f"{data['n_train']:,} training examples",
+        model,
+        f"test accuracy {number(accuracy)}" if accuracy is not None else "test accuracy not measured",
+        seeds,
+    ]
+    return ", ".join(" ".join(part.split()) for part in parts)
+
+
+def number(value: float | None) -> str:
+    """Two decimals; more where they would hide a small number, none where the number is large."""
+    if value is None:
+        return "–"
+    if 1e-6 < abs(value) < 0.005:
+        return f"{value:.1g}"
+    return _fixed(value, 2) if abs(value) < 1000 else f"{value:.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+
+
+def _fixed(value: float, decimals: int) -> str:
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no -0.00
+
+
+def _decimals(width: float) -> int:
+    """Enough to see an interval of that width, at least two."""
+    return min(6, max(2, math.ceil(-math.log10(width)))) if width > 0 else 2
+
+
+def cell_text(cell: Cell | None) -> str:
+    """`0.41 [0.37, 0.45] ±0.02 (3 nan) †`; a status with its footnote; a dash where nothing was measured."""
+    if cell is None:
+        return "–"
+    parts = [cell.status]
+    if cell.value is not None:
+        show, interval = number, []
+        if cell.low is not None and cell.high is not None:
+            show = partial(_fixed, decimals=_decimals(cell.high - cell.low))
+            interval = [f"[{show(cell.low)}, {show(cell.high)}]"]
+        parts = [show(cell.value), *interval, *([f"±{show(cell.sd)}"] if cell.sd is not None else [])]
+    if cell.nan:
+        parts.append(f"({cell.nan} nan)")
+    return " ".join(filter(None, (*parts, cell.mark)))
+
+
+def _memory(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+Line = list[tuple[str, bool]]  # the texts of a line and whether each is bold
+
+
+def _grid(table: Table) -> tuple[list[str], list[Line], Line | None]:
+    """Header, rows and the line of noise ceilings (None where no column has one) as texts."""
+    uneven = len({len(row.seeds) for row in table.rows}) > 1
+    header = ["method", *["seeds"] * uneven, *(column.label for column in table.columns)]
+    header += ["seconds", "trainings", "peak memory"]
+    lines: list[Line] = []
+    for row in table.rows:
+        line = [(row.label, False), *[(str(len(row.seeds)), False)] * uneven]
+        line += [(cell_text(cell), cell is not None and cell.best) for cell in row.cells]
+        trainings = row.costs["trainings"]
+        line += [(number(row.costs["seconds"]), False), (f"{trainings:g}" if trainings is not None else "–", False)]
+        lines.append([*line, (_memory(row.costs["peak_memory_bytes"]), False)])
+    if all(column.ceiling is None for column in table.columns):
+        return header, lines, None
+    ceiling = ["noise ceiling", *[""] * uneven, *(number(column.ceiling) for column in table.columns), "", "", ""]
+    return header, lines, [(text, False) for text in ceiling]
+
+
+# --- the four forms --------------------------------------------------------------------------------------------------
+
+
+def to_console(table: Table, bold: bool | None = None, width: int | None = None) -> str:
+    """Aligned text; the best in bold where `bold` (default: on a terminal), else with an asterisk."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    bold = sys.stdout.isatty() if bold is None else bold
+    header, lines, ceiling = _grid(table)
+    grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        grid.add_column(Text(name), justify="left" if name == "method" else "right", overflow="fold")
+    for i, line in enumerate(lines):
+        texts = [Text(t, "bold") if b and bold else Text(t + "*" * b) for t, b in line]
+        grid.add_row(*texts, end_section=ceiling is not None and i == len(lines) - 1)
+    if ceiling is not None:
+        grid.add_row(*(Text(text) for text, _ in ceiling))
+    file = io.StringIO()
+    width = width or (None if bold else 100_000)  # a file or a pipe has no edge
+    Console(file=file, force_terminal=bold, color_system="standard" if bold else None, width=width).print(grid)
+    body = [line.rstrip() for line in file.getvalue().splitlines()]
+    starred = not bold and any(b for line in lines for _, b in line)
+    notes = [*table.notes, *["* best, or not told from the best by the paired bootstrap"] * starred]
+    return "\n".join([table.caption, *filter(None, body), *notes]) + "\n"
+
+
+def to_markdown(table: Table) -> str:
+    header, lines, ceiling = _grid(table)
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    body = [line(f"**{escape_markdown(t)}**" if b else escape_markdown(t) for t, b in cells) for cells in lines]
+    last = [line(f"*{t}*" if t else "" for t, _ in ceiling)] if ceiling else []
+    rule = line([":--"] + ["--:"] * (len(header) - 1))
+    notes = [f"- {escape_markdown(note)}" for note in (*table.notes, *table.truths)]
+    grid = [line(escape_markdown(name) for name in header), rule, *body, *last]
+    return "\n".join([f"**{escape_markdown(table.caption)}**", "", *grid, *[""] * bool(notes), *notes]) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """One line without markup; an underscore inside a word is none."""
+    text = re.sub(r"([\\|*`<]|\](?=[(\[]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+
+
+def to_latex(table: Table) -> str:
+    r"""A `table` environment; its document needs \usepackage{booktabs}."""
+    header, lines, ceiling = _grid(table)
+
+    def line(cells: Iterable[str]) -> str:
+        return "{}" + " & ".join(cells) + r" \\"  # {}: a bracket after \\ would be its argument
+
+    notes = [rf"{escape_latex(note)}\\" for note in (*table.notes, *table.truths)]
+    body = [line(rf"\textbf{{{escape_latex(t)}}}" if b else escape_latex(t) for t, b in cells) for cells in lines]
+    last = [r"\midrule", line(escape_latex(t) for t, _ in ceiling)] if ceiling else []
+    return (
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{escape_latex(table.caption)}}}",
+                rf"\label{{tab:{re.sub(r'[^A-Za-z0-9.-]+', '-', table.name)}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+                r"\toprule",
+                line(map(escape_latex, header)),
+                r"\midrule",
+                *body,
+                *last,
+                r"\bottomrule",
+                r"\end{tabular}",
+                *([r"\par\footnotesize\raggedright", *notes] if notes else []),
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "†": r"\dag{}",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "–": "--",
+}
+
+
+def escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def tidy(table: Table) -> list[dict[str, Any]]:
+    """One dict a row and metric, numbers in full: a long table for pandas (`DataFrame(tidy(table))`) and for CSV."""
+    lines = []
+    for row in table.rows:
+        head = {
+            "task": table.task,
+            "data_source": table.source,
+            "fingerprint": table.fingerprint,
+            "n_train": table.n_train,
+            "model": table.model,
+            "method": row.method,
+            "label": row.label,
+            "config": records.canonical(row.config),
+        }
+        costs = {key: row.costs[key] for key in COSTS}
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            if cell is not None:
+                lines.append({**head, **_tidy_cell(column, cell), **costs})
+    return lines
+
+
+def _tidy_cell(column: Column, cell: Cell) -> dict[str, Any]:
+    share = cell.value / cell.ceiling if cell.value is not None and cell.ceiling else None
+    return {
+        "metric": column.metric,
+        "column": column.label,
+        "truth": records.canonical(column.truth),
+        "better": column.better,
+        "status": cell.status,
+        "reason": cell.reason,
+        "value": cell.value,
+        "low": cell.low,
+        "high": cell.high,
+        "sd_over_seeds": cell.sd,
+        "ceiling": cell.ceiling,
+        "of_ceiling": share,
+        "n": cell.n,
+        "nan": cell.nan,
+        "seeds": cell.seeds,
+        "best": cell.best,
+    }
+
+
+FIELDS = (
+    *("task", "data_source", "fingerprint", "n_train", "model", "method", "label", "config"),
+    *_tidy_cell(Column("", {}, "", None, None), Cell()),
+    *COSTS,
+)
+
+
+def to_csv(table: Table) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(tidy(table))
+    return file.getvalue()
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "text": to_console,
+    "md": to_markdown,
+    "tex": to_latex,
+    "csv": to_csv,
+}
+
+
+def load(out: str | Path, tasks: Iterable[str] | None = None) -> list[Stored]:
+    """Every readable record under `out` with its replicates; damaged ones are skipped with a warning."""
+    stored: list[Stored] = []
+    for record, folder in records.read_all(out, tasks):
+        try:
+            stored.append((record, records.read_replicates(folder)))
+        except ValueError as error:
+            warnings.warn(f"intervals without their replicates: {error}", stacklevel=2)
+            stored.append((record, {}))
+    return stored
+
+
+def write(table: Table, out: str | Path) -> list[Path]:
+    """Writes out/tables/<name>.csv, .md and .tex, each of them whole or not at all."""
+    paths = [Path(out) / "tables" / f"{table.name}.{suffix}" for suffix in ("csv", "md", "tex")]
+    with records.writable(out):
+        for path in paths:
+            records.write_bytes(path, FORMATS[path.suffix[1:]](table).encode())
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the tables of the records under `out` and prints them; exit status 2 for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(_HELP)
+        return 0
+    try:
+        options = _options(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            stored = load(options["out"], options["task"].split(",") if options["task"] else None)
+        if not stored:
+            there = sorted({record["task"] for record in _quietly(options["out"])})
+            key, value, problem = ("task", options["task"], "has no records") if there else ("out", options["out"], "")
+            hint = "run python -m bench first"
+            raise UserError(key, value, problem or "holds no records", allowed=there or None, hint=hint)
+        for table in tables(stored):
+            print(FORMATS[options["format"]](table))
+            print("written:", *write(table, options["out"]), file=sys.stderr)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    options = {"out": "results", "task": "", "format": "text"}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in options or not equals or not value:
+            raise UserError(argument, problem="is not understood", allowed=[f"{key}=..." for key in options])
+        options[key] = value
+    if options["format"] not in FORMATS:
+        raise UserError("format", options["format"], allowed=FORMATS)
+    return options
+
+
+def _quietly(out: str) -> list[Record]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [record for record, _ in records.read_all(out)]
+
+
+_HELP = """Results tables from the records of runs.
+
+    python -m bench.tables [out=results] [task=sst2,digits] [format=text|md|tex|csv]
+
+out     the folder that holds runs/; the tables are written to <out>/tables as .csv, .md and .tex
+task    only these tasks
+format  what is printed; all three files are written whatever it says"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What a method is, and what it may see."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tasks.base import Examples, Task, Trajectory, generator
+from tasks.training.train import load
+
+T = TypeVar("T")
+
+
+class Unsupported(Exception):
+    """This method does not offer this, or the task lacks what it needs: a cell of the table, not an error."""
+
+
+@dataclass
+class Meter:
+    """What a method has used so far."""
+
+    trainings: int = 0
+    gradients: int = 0
+    seconds_of_trainings: float = 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method sees: the public side of a task, the explained models, a generator, a meter.
+
+    `trajectory(k)` is the k-th explained training; 0 is the run that is explained, others have independent seeds and
+    are charged to whoever asks.
+    """
+
+    task: Task
+    seed: int
+    explained: Callable[[int], Trajectory]
+    device: str = "cpu"
+    meter: Meter = field(default_factory=Meter)
+    _once: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.task.annotations is not None or self.task.facts:
+            raise ValueError("a problem shows a task's public side only: give task.public()")
+
+    @property
+    def train(self) -> Examples:
+        return self.task.train
+
+    def trajectory(self, k: int = 0) -> Trajectory:
+        """The k-th explained training."""
+
+        def charge() -> Trajectory:
+            found = self.explained(k)
+            self.meter.trainings += 1
+            self.meter.seconds_of_trainings += found.seconds
+            return found
+
+        return self.once(("trajectory", k), charge)
+
+    def model(self, parameters: dict[str, Tensor] | None = None) -> nn.Module:
+        """The explained model, or the one with these parameters, in eval mode, its parameters frozen."""
+        chosen = self.trajectory().final if parameters is None else parameters
+        model = load(self.task.initial(0), chosen).to(self.device)
+        return model.requires_grad_(False)
+
+    def generator(self, *name: object) -> torch.Generator:
+        """Seeded by the run's seed and the name of what is drawn."""
+        return generator("method", self.seed, *name)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Makes a thing once for this problem: a fitted curvature serves all queries and all dampings."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+
+class Method:
+    """A method offers `attribute`, `value`, or both; it is a frozen dataclass of its settings.
+
+    `calibrated`: scores are in units of the measurement; otherwise only their order counts.
+    `needs`: of "texts", "labels", "checkpoints", what the task must have.
+    """
+
+    calibrated: bool = False
+    needs: frozenset[str] = frozenset()
+
+    def attribute(self, problem: Problem, queries: Examples) -> Tensor:
+        """scores (Q, N): [q, i] estimates measurement of q with i minus without i; positive: i helped."""
+        raise Unsupported(f"{type(self).__name__} scores no query")
+
+    def value(self, problem: Problem) -> Tensor:
+        """(N,): higher is more helpful, lower more suspicious; no query."""
+        raise Unsupported(f"{type(self).__name__} has no value without a query")
+
+    def unmet(self, task: Task) -> str | None:
+        """Why this method cannot run on a task, told before anything is trained; None where it can."""
+        if "texts" in self.needs and task.train.texts is None:
+            return f"needs texts, which task={task.name} does not have"
+        if "labels" in self.needs and task.train.targets.is_floating_point():
+            return f"needs class labels, which task={task.name} does not have"
+        if "checkpoints" in self.needs and task.recipe.optimizer == "lbfgs":
+            return f"needs checkpoints, which model={task.model} (solved to its optimum) does not keep"
+        return None
+
+    def offers(self, name: str) -> bool:
+        """Whether `attribute` or `value` is this method's own."""
+        return getattr(type(self), name) is not getattr(Method, name)
+
+
+def require_eval(model: nn.Module) -> None:
+    """Raises if any module is in train mode: dropout or batch statistics would enter the numbers."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(f"in train mode while it is measured: {', '.join(training[:3])}")

@@ -1,0 +1,135 @@
+"""EK-FAC: Kronecker-factored eigenbases, re-estimated eigenvalues (George et al. 2018; Grosse et al. 2023, §2.2).
+
+For a block with inputs a (bias as last entry) and output derivatives d of the loss at *sampled* labels (true Fisher):
+    A = E[a aᵀ] = U_A diag U_Aᵀ,   S = E[d dᵀ] = U_S diag U_Sᵀ             over positions that are no padding, uncentred
+    Λ = (1/N) Σ_i (U_Sᵀ G_i U_A)²                                          G_i summed over positions before the square
+    (H + δI)⁻¹ V = U_S [ (U_Sᵀ V U_A) / (Λ + δ) ] U_Aᵀ
+Factors and eigenvalues use independent draws of labels. Embeddings are linear layers on one-hot inputs: A is diagonal, so
+U_A = I. LayerNorms have an exact dense Fisher block. Eigendecompositions in float64. Trace: Σ Λ = E‖G_i‖².
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Problem
+from methods.curvature.base import Blocked, positive
+from methods.curvature.damping import Damping
+from methods.gradients.blocks import Block
+from methods.gradients.per_example import Factors, gradients
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """`fisher`: "true" (labels sampled from the model) or "empirical" (the training labels): two different matrices."""
+
+    fisher: str
+    precision: ClassVar[torch.dtype | None] = None
+
+    def __post_init__(self) -> None:
+        from tasks.errors import UserError
+
+        if self.fisher not in ("true", "empirical"):
+            raise UserError("method.curvature.fisher", self.fisher, allowed="true, empirical")
+
+    def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "FittedEKFAC":
+        n = len(problem.train)
+        covariances = {b.name: _Covariance(b) for b in blocks}
+        for index, found in self._pseudo_gradients(problem, model, blocks, "factors"):
+            problem.meter.gradients += len(index)
+            for f in found:
+                covariances[f.block.name].add(f)
+        bases = {b.name: covariances[b.name].basis() for b in blocks}
+        eigenvalues = {b.name: torch.zeros(b.shape, dtype=torch.float64) for b in blocks}
+        for index, found in self._pseudo_gradients(problem, model, blocks, "eigenvalues"):
+            problem.meter.gradients += len(index)
+            for f in found:
+                eigenvalues[f.block.name] += bases[f.block.name].rotate(f.dense()).double().square().sum(0).cpu()
+        return FittedEKFAC(tuple(blocks), bases, {name: v / n for name, v in eigenvalues.items()})
+
+    def _pseudo_gradients(self, problem: Problem, model: nn.Module, blocks: Sequence[Block], use: str):  # type: ignore[no-untyped-def]
+        objective, draw = problem.task.objective, problem.generator("ekfac", use)
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            if self.fisher == "true":
+                targets = objective.sample(outputs.detach().cpu(), draw).to(outputs.device)
+            return objective.loss(outputs, targets)
+
+        return gradients(problem.task, model, problem.train, blocks, loss)
+
+
+class _Covariance:
+    """Un-normalised sums of a aᵀ and d dᵀ in float64; of a norm, of vec(G) vec(G)ᵀ."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        rows, columns = block.shape
+        size = block.size if block.kind == "norm" else rows
+        self.outputs = torch.zeros(size, size, dtype=torch.float64)
+        self.inputs = torch.zeros(columns, columns, dtype=torch.float64) if block.kind == "linear" else None
+
+    def add(self, f: Factors) -> None:
+        if self.block.kind == "norm":
+            g = f.dense().flatten(1).double().cpu()
+            self.outputs += g.T @ g
+            return
+        keep = f.mask.flatten() > 0
+        d = f.outputs.flatten(0, 1)[keep]
+        self.outputs += (d.T @ d).double().cpu()
+        if self.inputs is not None:
+            a = f.inputs.flatten(0, 1)[keep]
+            self.inputs += (a.T @ a).double().cpu()
+
+    def basis(self) -> "Basis":
+        left = torch.linalg.eigh(self.outputs)[1]
+        right = None if self.inputs is None else torch.linalg.eigh(self.inputs)[1]
+        return Basis(left, right, self.block.kind == "norm")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases in columns, float64; `whole`: `left` is the basis of the flattened block."""
+
+    left: Tensor
+    right: Tensor | None
+    whole: bool
+
+    def rotate(self, g: Tensor) -> Tensor:
+        """U_Sᵀ G U_A, (R, out, in)."""
+        left = self.left.to(g.device, g.dtype)
+        if self.whole:
+            return (g.flatten(1) @ left).view_as(g)
+        g = left.T @ g
+        return g if self.right is None else g @ self.right.to(g.device, g.dtype)
+
+    def back(self, g: Tensor) -> Tensor:
+        """U_S G U_Aᵀ, (R, out, in)."""
+        left = self.left.to(g.device, g.dtype)
+        if self.whole:
+            return (g.flatten(1) @ left.T).view_as(g)
+        g = left @ g
+        return g if self.right is None else g @ self.right.to(g.device, g.dtype).T
+
+
+@dataclass(frozen=True)
+class FittedEKFAC:
+    """Bases and eigenvalues (out, in) of each block."""
+
+    blocks: tuple[Block, ...]
+    bases: dict[str, Basis]
+    eigenvalues: dict[str, Tensor]
+
+    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
+        strengths = damping.strengths(
+            {b.name: self.eigenvalues[b.name].sum().item() for b in self.blocks}, {b.name: b.size for b in self.blocks}
+        )
+        solved = {}
+        for block in self.blocks:
+            values, basis, v = self.eigenvalues[block.name], self.bases[block.name], rhs[block.name]
+            delta = positive(l2 + strengths[block.name], values.min().item(), f"EK-FAC's block {block.name}")
+            scale = (values + delta).reciprocal().to(v.device, v.dtype)
+            solved[block.name] = basis.back(basis.rotate(v) * scale)
+        return solved

@@ -1,0 +1,51 @@
+"""TracIn: the optimizer's path, step by step, as a sum of gradient products."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.base import Method, Problem
+from methods.gradients.blocks import blocks_of, with_rows_in_use
+from methods.gradients.per_example import gradients
+from methods.influence import blocked, inner, sum_of_products
+from tasks.base import Examples
+
+
+@dataclass(frozen=True)
+class TracIn(Method):
+    """score(q, i) = −(1/N) Σ_c η_c ∇m_c(q)ᵀ ∇ℓ_c(i)         (Pruthi et al. 2020, §3.2, TracInCP, for a measurement)
+
+    Over the checkpoints of the explained run; η_c sums the learning rates of the steps that end at checkpoint c, so that
+    (1/N) η_c is what example i moved in expectation. value(i) = −(1/N) Σ_c η_c ‖∇ℓ_c(i)‖². Momentum and Adam are left
+    out, so only the order of the scores counts.
+    """
+
+    modules: tuple[str, ...] | None = None
+    needs = frozenset({"checkpoints"})
+
+    def attribute(self, problem: Problem, queries: Examples) -> Tensor:
+        scores = torch.zeros(len(queries), len(problem.train), dtype=torch.float64)
+        for checkpoint in problem.trajectory().checkpoints:
+            model = problem.model(checkpoint.parameters)
+            blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
+            measured = {b.name: torch.empty(len(queries), *b.shape, dtype=problem.task.dtype) for b in blocks}
+            for index, found in gradients(problem.task, model, queries, blocks, problem.task.objective.measure):
+                problem.meter.gradients += len(index)
+                for name, g in blocked(found).items():
+                    measured[name][index] = g
+            for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+                problem.meter.gradients += len(index)
+                scores[:, index] -= checkpoint.path * inner(measured, blocked(found)).double() / len(problem.train)
+        return scores
+
+    def value(self, problem: Problem) -> Tensor:
+        values = torch.zeros(len(problem.train), dtype=torch.float64)
+        for checkpoint in problem.trajectory().checkpoints:
+            model = problem.model(checkpoint.parameters)
+            blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
+            for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+                problem.meter.gradients += len(index)
+                dense = blocked(found)
+                values[index] -= checkpoint.path * sum_of_products(dense, dense).double() / len(problem.train)
+        return values

@@ -1,0 +1,204 @@
+"""Text classifiers: a BERT from scratch with its own WordPiece vocabulary, or a pretrained encoder that is fine-tuned."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks.base import Recipe
+from tasks.errors import UserError, require
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+class Classifier(nn.Module):
+    """input_ids, attention_mask (B, T) -> logits (B, C). Attention is eager: it must stand double differentiation."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.network(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+@dataclass(frozen=True)
+class ScratchBert:
+    """BERT (Devlin et al. 2019) of any size, randomly initialised; WordPiece trained on the training texts."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    max_length: int
+    dropout: float
+    init_std: float
+    dtype: str
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads={self.heads}")
+        require(self.max_length >= 4, "model.max_length", self.max_length, "4 or more")
+
+    def prepare(self, texts: Sequence[str], classes: int) -> tuple[Tokenize, Callable[[], nn.Module], dict[str, Any]]:
+        """The tokenizer of these training texts, the builder of θ0, and what identifies both."""
+        from tokenizers import BertWordPieceTokenizer
+
+        tokenizer = BertWordPieceTokenizer(lowercase=True)
+        tokenizer.train_from_iterator(
+            texts, vocab_size=self.vocabulary, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
+        )
+        size = tokenizer.get_vocab_size()
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        tokenizer.enable_truncation(self.max_length)
+
+        def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
+            return padded([e.ids for e in tokenizer.encode_batch(list(rows))], pad=0)
+
+        shape = (self.layers, self.width, self.heads, self.intermediate, self.max_length)
+        build = partial(build_bert, *shape, self.dropout, self.init_std, size, classes)
+        identity = {"shape": shape, "dropout": self.dropout, "init_std": self.init_std, "vocabulary": vocabulary}
+        return tokenize, build, identity
+
+
+def build_bert(
+    layers: int,
+    width: int,
+    heads: int,
+    intermediate: int,
+    max_length: int,
+    dropout: float,
+    init_std: float,
+    vocabulary: int,
+    classes: int,
+) -> nn.Module:
+    """A randomly initialised BERT classifier."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=max_length,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=init_std,
+        type_vocab_size=1,
+        pad_token_id=0,
+        num_labels=classes,
+        attn_implementation="eager",
+    )
+    return Classifier(BertForSequenceClassification(config))
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """A hub model at a pinned revision, or a local folder in the hub's layout (`model.path`). Safetensors only."""
+
+    name: str
+    hub: str
+    revision: str
+    path: str | None
+    max_length: int
+    dtype: str
+    recipe: Recipe
+
+    def prepare(self, texts: Sequence[str], classes: int) -> tuple[Tokenize, Callable[[], nn.Module], dict[str, Any]]:
+        """The model's own tokenizer, the builder (a new head on pretrained weights), and what identifies both."""
+        from transformers import AutoTokenizer
+
+        place = self.place()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place["name"], revision=place["revision"], trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise self.unreachable(error) from error
+        if tokenizer.pad_token_id is None:
+            raise UserError("model.path", place["name"], "has a tokenizer without padding token", allowed="encoders")
+
+        def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
+            ids = tokenizer(list(rows), truncation=True, max_length=self.max_length)["input_ids"]
+            return padded(ids, pad=tokenizer.pad_token_id)
+
+        build = partial(load_encoder, self, classes)
+        build()  # a model that cannot be loaded is told before anything is trained
+        return tokenize, build, {**self.fingerprint(), "max_length": self.max_length}
+
+    def place(self) -> dict[str, Any]:
+        if self.path is None:
+            return {"name": self.hub, "revision": self.revision}
+        folder = Path(self.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                "model.path", self.path, "holds no config.json", allowed="a folder in the hub's layout (safetensors)"
+            )
+        return {"name": str(folder), "revision": None}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of a folder its content, of a hub model its pinned revision."""
+        if self.path is None:
+            return {"hub": self.hub, "revision": self.revision}
+        content = hashlib.sha256()
+        for file in sorted(Path(self.path).expanduser().iterdir()):
+            if file.suffix in {".json", ".safetensors", ".txt", ".model"}:
+                content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        return {"folder": content.hexdigest()}
+
+    def unreachable(self, error: Exception) -> UserError:
+        """One line for whatever kept the model from loading."""
+        reason = " ".join(str(error).split())[:160]
+        if self.path is not None:
+            return UserError("model.path", self.path, f"cannot be loaded ({reason})")
+        return UserError(
+            "model",
+            self.name,
+            f"is not at hand: {self.hub} could not be loaded from the hub ({reason})",
+            hint="give a local folder with model.path=, or take model=bert_tiny, which needs no download",
+        )
+
+
+def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
+    """Pretrained weights below, a head drawn from torch's random state above."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns that the head is new, which is meant
+    place = spec.place()
+    try:
+        network = AutoModelForSequenceClassification.from_pretrained(
+            place["name"],
+            revision=place["revision"],
+            num_labels=classes,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise spec.unreachable(error) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return Classifier(network)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids as input_ids (N, T) filled up with `pad` on the right, and their attention_mask."""
+    width = max(len(r) for r in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
