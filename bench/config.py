@@ -1,9 +1,9 @@
 """From what a user typed to a config that is known to be possible: composed by Hydra, refused in one line if it is not.
 
 Two steps, so that nothing heavy is imported for a typing mistake. `compose` reads YAML only; `check` then imports each
-`_target_` and compares the keys of its node with the signature. Only method, task and model nodes (whatever carries a
-`_target_`) may gain keys, by `+method.key=value`; everywhere else the YAML lists every key that there is. In the YAML a
-number that may have a fraction is written with one (`1.0`), and a key that may be null is null.
+`_target_` and compares the keys of its node with the signature. Only the nodes of method, task and model may gain keys,
+by `+method.key=value`; everywhere else the YAML lists every key that there is, and its values tell the kind: a number
+that may have a fraction is written with one (`1.0`), and a key that may be null is null.
 """
 
 import difflib
@@ -24,11 +24,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tasks.errors import UserError
 
+SIGNED = ("method", "task", "model")  # what users may replace by a class of their own: only the signature judges it
 CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names: bench hands them over
 DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
@@ -75,10 +76,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     with _hydra() as loader:
         parsed = _parse(open_custom(overrides), loader)
         for_hydra = [str(o.input_line) for o in parsed if o.is_hydra_override()]
-        try:
-            batches = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
-        except HydraException as error:
-            raise UserError("--multirun", None, f"is not possible ({one_line(error)})") from None
+        swept = [o for o in parsed if not o.is_hydra_override()]
+        for o in swept:
+            if o.is_sweep_override() and not o.is_discrete_sweep():
+                raise UserError(_full_key(o), o.get_value_string(), "has no end", allowed="a,b, range(..), glob(..)")
+        batches = BasicSweeper.split_arguments(swept, None)
     return [[*for_hydra, *point] for batch in batches for point in batch]
 
 
@@ -94,15 +96,15 @@ def open_custom(overrides: Sequence[str]) -> list[str]:
 
 def check(config: DictConfig) -> None:
     """Compares every node that has a `_target_` with the signature of that target. Imports the targets."""
-    for key, node in _resolved(config).items():
-        if isinstance(node, dict) and "_target_" in node:
-            check_signature(node, str(key), CALLER_GIVES.get(str(key), ()))
+    for name, value in _resolved(config).items():
+        for key, node in _nodes(value, name):
+            check_signature(node, key, CALLER_GIVES.get(key, ()))
 
 
 def check_signature(node: Mapping[str, Any], key: str, given: Sequence[str] = ()) -> None:
-    """The keys of `node` are arguments of its `_target_`, of the annotated type, and none is missing, at any depth.
+    """Refuses a `node` unless its keys are arguments of its `_target_`, of the annotated type, and none is missing.
 
-    `given`: arguments that the caller adds. Only plain annotations are compared (numbers, text, literals, unions and
+    Nested nodes likewise. `given`: arguments that the caller adds. Only plain annotations are compared (numbers, text, literals, unions and
     lists of them); what else is impossible the target says itself.
     """
     name = node["_target_"]
@@ -134,11 +136,13 @@ def check_signature(node: Mapping[str, Any], key: str, given: Sequence[str] = ()
 
 
 def run_key(config: DictConfig) -> Config:
-    """What decides the numbers of a run: the resolved config without places, launching and paths."""
+    """What decides the numbers of a run: the resolved config without places, launching, paths, and truths not asked."""
     key = {name: value for name, value in _resolved(config).items() if name not in NOT_IN_RUN_KEY}
     for node, path in PATHS:
         if isinstance(key.get(node), dict):
             key[node].pop(path, None)
+    if "truth" in key:
+        key["truth"] = {name: truth for name, truth in key["truth"].items() if name in key["evaluation"]}
     return key
 
 
@@ -175,10 +179,10 @@ def _hydra() -> Iterator[ConfigLoader]:
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parser = OverridesParser.create(config_loader=loader)
-    parsed = []
+    parsed: list[Override] = []
     for override in overrides:
         try:
-            parsed.append(parser.parse_override(override))
+            parsed += parser.parse_overrides([override])
         except HydraException as error:
             if "=" not in override:
                 raise UserError(override, None, "is no key=value") from None
@@ -208,8 +212,18 @@ def _compose(parsed: list[Override], loader: ConfigLoader, bases: dict[tuple[str
     resolved = _resolved(config)
     for key in sorted(OmegaConf.missing_keys(config)):
         raise UserError(key, None, "is missing", hint=f"give {key}=...")
-    _compare(resolved, base, "")
+    _compare(resolved, _with_defaults(base, chosen), "")
     return add_choice(config, {str(group): option for group, option in chosen.items()})
+
+
+def _with_defaults(base: Config, chosen: Mapping[Any, Any]) -> Config:
+    """The kinds of values of a truth are those of its own YAML: a task's setting (a number) may hide a null there."""
+    truth = dict(base["truth"])
+    for group, option in chosen.items():
+        yaml, name = conf_dir() / "truth" / f"{option}.yaml", str(group).removeprefix("truth@truth.")
+        if str(group).startswith("truth@") and yaml.is_file() and isinstance(truth.get(name), dict):
+            truth[name] = {**truth[name], **_plain(OmegaConf.load(yaml))}
+    return {**base, "truth": truth}
 
 
 def _composed(overrides: list[Override], loader: ConfigLoader) -> DictConfig:
@@ -277,7 +291,7 @@ def _check_key(override: Override, base: Config) -> None:
         if not isinstance(node, dict):
             raise UserError(key, None, "is no key", hint=f"{'.'.join(parts[:depth])} is a single value")
         if part not in node:
-            if added and "_target_" in node:
+            if added and "_target_" in node and parts[0] in SIGNED:
                 return
             raise _unknown(".".join(parts[: depth + 1]), node)
         node = node[part]
@@ -290,15 +304,16 @@ def _check_key(override: Override, base: Config) -> None:
 def _compare(new: Any, old: Any, key: str, judged: bool = False) -> None:
     """`new` has the keys and kinds of values of the YAML (`old`); `judged`: a signature will judge the values."""
     if isinstance(new, dict) and isinstance(old, dict):
+        signed = "_target_" in old and key.partition(".")[0] in SIGNED
         for name, value in new.items():
             where = f"{key}.{name}" if key else str(name)
             if name in old:
-                _compare(value, old[name], where, judged or "_target_" in old)
-            elif old and "_target_" not in old:
+                _compare(value, old[name], where, judged or signed)
+            elif old and not signed:
                 raise _unknown(where, old)
     elif not judged and not _alike(new, old):
-        allowed = f"one of its keys ({key}.{next(iter(old))} ...)" if isinstance(old, dict) else _kind(old)
-        raise UserError(key, _shown(new), "is not possible", allowed=allowed)
+        keys = [f"{key}.{name}=..." for name in old if name not in DIRECTIVES] if isinstance(old, dict) else None
+        raise UserError(key, _shown(new), "is not possible", allowed=keys or _kind(old))
 
 
 def _alike(new: Any, old: Any) -> bool:
@@ -325,7 +340,7 @@ def _near(word: str, allowed: Iterable[str] | None) -> str | None:
     return f"did you mean {matches[0]}?" if matches else None
 
 
-def _plain(config: DictConfig) -> Config:
+def _plain(config: DictConfig | ListConfig) -> Config:
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key != "hydra"}

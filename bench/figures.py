@@ -120,6 +120,7 @@ def _label(axes: Axes, points: Sequence[Point], ceiling: float | None) -> None:
         (_, low), (_, high) = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
         taken.append(Bbox.from_extents(x - scale, float(low), x + scale, float(high)))
     edges = axes.get_window_extent()
+    labels: list[Bbox] = []  # of the points above: labels one over the other keep the order of their points
     if ceiling is not None:
         note = axes.annotate(
             f"noise ceiling {number(ceiling)}",
@@ -150,9 +151,11 @@ def _label(axes: Axes, points: Sequence[Point], ceiling: float | None) -> None:
         places = [(side, shift, _box(x, y, side, shift, size.width, size.height, scale)) for side, shift in PLACES]
         inside = [place for place in places if edges.x0 <= place[2].x0 and place[2].x1 <= edges.x1 + 8 * scale]
         inside = [place for place in inside if edges.y0 <= place[2].y0 and place[2].y1 <= edges.y1] or places
-        free = (place for place in inside if not any(place[2].overlaps(other) for other in taken))
-        side, shift, box = next(free, None) or min(inside, key=lambda place: _overlap(place[2], taken))
+        free = [place for place in inside if not any(place[2].overlaps(other) for other in taken)]
+        ordered = [place for place in free if not any(_below(other, place[2]) for other in labels)]
+        side, shift, box = next(iter(ordered or free), None) or min(inside, key=lambda p: _overlap(p[2], taken))
         taken.append(box)
+        labels.append(box)
         text.set_horizontalalignment("left" if side > 0 else "right")
         text.set_position((side * GAP, shift * size.height / scale))
         if abs(shift) >= 1:
@@ -174,6 +177,10 @@ def _box(x: float, y: float, side: int, shift: float, width: float, height: floa
     return Bbox.from_extents(
         min(near, near + side * width), middle - height / 2, max(near, near + side * width), middle + height / 2
     )
+
+
+def _below(box: Bbox, other: Bbox) -> bool:
+    return bool(box.y1 <= other.y0 and box.x0 < other.x1 and other.x0 < box.x1)
 
 
 def _overlap(box: Bbox, others: Sequence[Bbox]) -> float:

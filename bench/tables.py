@@ -201,9 +201,9 @@ def _seedless(record: Mapping[str, Any]) -> dict[str, Any]:
 def _entries(group: Sequence[Stored]) -> list[_Entry]:
     """Every number of the group with its row and column, in the group's order.
 
-    Under `fixed` a truth is made anew for each explained seed and yet is one column: its `explained_seed` is left out,
-    and so is its `seed` where that always is the explained run's own. Elsewhere `seed` draws the subsets, and other
-    subsets are another truth.
+    Under `fixed` a truth is made anew for each explained seed and yet is one column. Its `explained_seed` is left out;
+    where it has none, so is a `seed` that always is the explained run's own. Any other `seed` draws the subsets, and
+    other subsets are another truth.
     """
     found = [
         (name, metric, dict(metric.get("truth") or {}), replicates.get(name), record)
@@ -213,14 +213,14 @@ def _entries(group: Sequence[Stored]) -> list[_Entry]:
     drawn = {
         _column_key(name, _unseeded(truth))
         for name, _, truth, _, record in found
-        if truth.get("regime") == "fixed" and truth.get("seed", record["seed"]) != record["seed"]
+        if "explained_seed" in truth or truth.get("seed", record["seed"]) != record["seed"]
     }
     entries = []
     for name, metric, truth, replicates, record in found:
         if truth.get("regime") == "fixed":
             bare = _unseeded(truth)
-            seed = {"seed": truth["seed"]} if "seed" in truth and _column_key(name, bare) in drawn else {}
-            truth = {**bare, **seed}
+            keeps = "seed" in truth and _column_key(name, bare) in drawn
+            truth = {**bare, "seed": truth["seed"]} if keeps else bare
         column = _column_key(name, truth)
         entries.append(_Entry(_row_key(record), column, record["seed"], metric, replicates, record))
     return entries
@@ -503,7 +503,9 @@ def _letter(number: int) -> str:
 def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]) -> str:
     data = group[0]["data"]
     explained = {record["seed"]: record["fitness"] for record in group if record["fitness"]}
-    accuracy = _mean(fitness.get("test_accuracy") for fitness in explained.values())
+    tests = dict.fromkeys(key for fitness in explained.values() for key in fitness if key.startswith("test_"))
+    means = {key: _mean(fitness.get(key) for fitness in explained.values()) for key in tests}
+    fit = [f"{key.replace('_', ' ')} {number(mean)}" for key, mean in means.items() if mean is not None]
     counts = sorted({len(row.seeds) for row in rows})
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     parts = [
@@ -511,7 +513,7 @@ def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]
         f"{data['source']} data {data['fingerprint'][:8]}",
         f"{data['n_train']:,} training examples",
         model,
-        f"test accuracy {number(accuracy)}" if accuracy is not None else "test accuracy not measured",
+        *(fit or ["fitness not measured"]),
         seeds,
     ]
     return ", ".join(" ".join(part.split()) for part in parts)
@@ -758,10 +760,10 @@ def load(out: str | Path, tasks: Iterable[str] | None = None) -> list[Stored]:
     return stored
 
 
-def write(table: Table, out: str | Path) -> list[Path]:
-    """Writes out/tables/<name>.csv, .md and .tex, each of them whole or not at all."""
-    paths = [Path(out) / "tables" / f"{table.name}.{suffix}" for suffix in ("csv", "md", "tex")]
-    with records.writable(out):
+def write(table: Table, folder: str | Path) -> list[Path]:
+    """Writes <name>.csv, .md and .tex into the folder, each of them whole or not at all."""
+    paths = [Path(folder) / f"{table.name}.{suffix}" for suffix in ("csv", "md", "tex")]
+    with records.writable(folder):
         for path in paths:
             records.write_bytes(path, FORMATS[path.suffix[1:]](table).encode())
     return paths
@@ -785,7 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(key, value, problem or "holds no records", allowed=there or None, hint=hint)
         for table in tables(stored):
             print(FORMATS[options["format"]](table))
-            print("written:", *write(table, options["out"]), file=sys.stderr)
+            print("written:", *write(table, Path(options["out"]) / "tables"), file=sys.stderr)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,14 +1,16 @@
 """An English-like corpus of film reviews from a small grammar, whose labels and proponents are known by construction.
 
-    review   →  [opening] verdict [closing]
-    verdict  →  clause | clause "but" clause | "although" clause clause | clause "although" clause
-    clause   →  "the" aspect [attachment] copula predicate
-    predicate →  w | intensifier w | negator w | "more" w "than" ref | "less" w "than" ref | ("better" | "worse") "than" ref
+    review     →  [opening] clause | clause [closing]
+               |  clause "but" clause | "although" clause clause | clause "although" clause
+    clause     →  "the" aspect [attachment] copula predicate
+    predicate  →  w | intensifier w | negator w | "more" w "than" reference | "less" w "than" reference
+               |  ("better" | "worse") "than" reference
 
-Polarity is compositional: a predicate has the sign of its sentiment word w, which a negator or "less" turns round and an
-intensifier or hedge keeps; a contrast has the sign of the clause after "but" and of the one without "although".
-A bag of words sees neither what is negated nor which clause decides. Words follow a Zipf–Mandelbrot law, so that a few
-sentiment words carry most of the corpus and the rare ones hang on a handful of training sentences each.
+Polarity is compositional: a predicate has the sign of its sentiment word w, which a negator or "less" turns round and
+an intensifier, a hedge or "more" keeps; a contrast has the sign of the clause after "but", or of the one that
+"although" does not open. Openings, closings, attachments, aspects and references carry no sentiment. A bag of words
+sees neither what is negated nor which clause decides. Sentiment words follow a Zipf–Mandelbrot law,
+P(rank r) ∝ (r + 2)^(−3/2), so that each rare one hangs on a handful of sentences in a thousand.
 """
 
 from __future__ import annotations
@@ -20,51 +22,48 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-ASPECTS = ("plot", "acting", "script", "cast", "ending", "dialogue", "music", "camera", "pacing", "story", "lead", "humour")
+ASPECTS = (
+    *("plot", "acting", "script", "cast", "ending", "dialogue"),
+    *("music", "camera", "pacing", "story", "lead", "humour"),
+)
 ATTACHMENTS = ("of this film", "in the sequel", "on the screen")
 OPENINGS = (
-    "in my view",
-    "on first viewing",
-    "after two hours",
-    "in the second half",
-    "at the local cinema",
-    "for a late show",
-    "as a summer release",
-    "from the back row",
+    *("in my view", "on first viewing", "after two hours", "in the second half"),
+    *("at the local cinema", "for a late show", "as a summer release", "from the back row"),
 )
 CLOSINGS = (
-    "throughout the film",
-    "from start to finish",
-    "in most scenes",
-    "in the first hour",
-    "on the big screen",
-    "this time around",
-    "for the whole evening",
-    "in this version",
+    *("throughout the film", "from start to finish", "in most scenes", "in the first hour"),
+    *("on the big screen", "this time around", "for the whole evening", "in this version"),
 )
-REFERENCES = ("the trailer", "the book", "the sequel", "the remake", "last year", "most films", "its rivals", "the first part")
+REFERENCES = (
+    *("the trailer", "the book", "the sequel", "the remake"),
+    *("last year", "most films", "its rivals", "the first part"),
+)
 COPULAS = ("is", "was")
 NEGATORS = {"not": 0.6, "never": 0.25, "hardly": 0.15}
 INTENSIFIERS = {"very": 0.4, "truly": 0.2, "quite": 0.2, "rather": 0.2}  # the last two hedge; none changes the sign
 
-FREQUENT = 8  # words of each polarity from here on in the list are rare
+# By rank; a word's opposite number has the same frequency.
 POSITIVE = (
-    *("good", "great", "funny", "clever", "moving", "charming", "superb", "witty"),
-    *("gripping", "radiant", "tender", "inspired", "luminous", "poignant", "sublime", "dazzling"),
+    *("good", "great", "funny", "clever", "moving", "charming", "superb", "witty", "gripping", "radiant"),
+    *("tender", "inspired", "luminous", "poignant", "sublime", "dazzling"),
     *("beguiling", "riveting", "exquisite", "enchanting"),
 )
 NEGATIVE = (
-    *("bad", "dull", "boring", "weak", "clumsy", "awful", "silly", "bland"),
-    *("tedious", "stale", "shallow", "lifeless", "insipid", "turgid", "vapid", "grating"),
+    *("bad", "dull", "boring", "weak", "clumsy", "awful", "silly", "bland", "tedious", "stale"),
+    *("shallow", "lifeless", "insipid", "turgid", "vapid", "grating"),
     *("plodding", "dreary", "mawkish", "abysmal"),
 )
-LEXICON = {1: POSITIVE, 0: NEGATIVE}
+FREQUENT = 12  # words of each polarity; those of a lower rank are rare
 RARE = frozenset(POSITIVE[FREQUENT:] + NEGATIVE[FREQUENT:])
-COMPARATIVES = {1: "better", 0: "worse"}
+COMPARATIVES = {"good": "better", "bad": "worse"}
+_WEIGHTS = tuple((rank + 2.0) ** -1.5 for rank in range(1, len(POSITIVE) + 1))
 
 ADJUNCTS = {"opening": 0.2, "attachment": 0.2, "closing": 0.6}
+DEGREES = {"more": 0.7, "less": 0.3}
 CONTRASTS = {"but": 0.6, "although first": 0.3, "although last": 0.1}
 RULES = {"plain": 0.40, "intensifier": 0.17, "negation": 0.14, "contrast": 0.16, "comparison": 0.13}
+LARGEST = 50_000  # in one draw; above some 5,000 the short constructions thin out and the shares of the rules drift
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,12 @@ class _Clause:
     polar: str
 
 
-def _zipf(size: int) -> tuple[float, ...]:
-    return tuple((rank + 2.0) ** -1.5 for rank in range(1, size + 1))
-
-
-_WEIGHTS = _zipf(len(POSITIVE))
-
-
 def _pick(rng: random.Random, shares: dict[str, float]) -> str:
     return rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
 
 
 def _sentiment_word(rng: random.Random, polarity: int) -> str:
-    return rng.choices(LEXICON[polarity], weights=_WEIGHTS)[0]
+    return rng.choices(POSITIVE if polarity == 1 else NEGATIVE, weights=_WEIGHTS)[0]
 
 
 def _predicate(rng: random.Random, kind: str, polarity: int) -> tuple[str, str]:
@@ -111,11 +103,11 @@ def _predicate(rng: random.Random, kind: str, polarity: int) -> tuple[str, str]:
         return f"{_pick(rng, NEGATORS)} {word}", word
     if kind == "comparison":
         than = f"than {rng.choice(REFERENCES)}"
-        degree = rng.choice(("more", "less", "irregular"))
-        if degree == "irregular":
-            word = COMPARATIVES[polarity]
+        degree = _pick(rng, DEGREES)
+        word = _sentiment_word(rng, 1 - polarity if degree == "less" else polarity)
+        if degree == "more" and word in COMPARATIVES:
+            word = COMPARATIVES[word]
             return f"{word} {than}", word
-        word = _sentiment_word(rng, polarity if degree == "more" else 1 - polarity)
         return f"{degree} {word} {than}", word
     word = _sentiment_word(rng, polarity)
     return word, word
@@ -146,7 +138,7 @@ def _sentence(rng: random.Random, label: int) -> Sentence:
         verdict, clauses = _contrast(rng, label)
     else:
         place = _pick(rng, ADJUNCTS) if rule != "comparison" else None
-        clause = _clause(rng, rule, label, rng.choice(ASPECTS), attach=place == "attachment")
+        clause = _clause(rng, rule, label, rng.choice(ASPECTS), place == "attachment")
         verdict, clauses = clause.words, (clause,)
         if place == "opening":
             verdict = f"{rng.choice(OPENINGS)} {verdict}"
@@ -164,7 +156,13 @@ def _sentence(rng: random.Random, label: int) -> Sentence:
 
 
 def generate(n: int, seed: int) -> list[Sentence]:
-    """n distinct sentences in random order, ⌊n/2⌋ of them positive; the same n and seed give the same list."""
+    """n distinct sentences in random order, ⌊n/2⌋ of them positive; the same n and seed give the same list.
+
+    Rules have their shares in small draws; a large one exhausts the frequent plain sentences and shifts to the rest.
+    Raises ValueError for n below 0 or above `LARGEST`.
+    """
+    if not 0 <= n <= LARGEST:
+        raise ValueError(f"n must be between 0 and {LARGEST}, got {n}")
     rng = random.Random(seed)
     labels = [i % 2 for i in range(n)]
     rng.shuffle(labels)

@@ -16,7 +16,8 @@ import pytest
 from bench import records
 from tasks.errors import UserError
 
-SCORES = {"attribution/query": np.arange(6.0).reshape(2, 3).T.copy().T, "value": np.arange(3, dtype=np.float32)}
+ROOT = Path(__file__).parents[2]
+SCORES = {"attribution/query": np.arange(6.0).reshape(2, 3), "value": np.arange(3, dtype=np.float32)}
 IDS = {"query": ["q0", "q1"], "train": ["7", "8", "9"]}
 REPLICATES = {"lds": np.linspace(0, 1, 5)}
 FILES = {"config.yaml", "record.json", "scores.safetensors", "replicates.safetensors"}
@@ -48,7 +49,7 @@ def write(out: Path, content: dict[str, Any] | None = None, **options: Any) -> P
 
 
 def hidden(out: Path) -> list[Path]:
-    return [path for path in out.rglob(".*")]
+    return list(out.rglob(".*"))
 
 
 def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_unknown_keys_are_kept(tmp_path: Path) -> None:
 def test_arrays_that_do_not_fit_their_examples_are_refused(
     tmp_path: Path, scores: dict[str, np.ndarray], replicates: dict[str, np.ndarray]
 ) -> None:
-    with pytest.raises(ValueError, match="query|value|lds"):
+    with pytest.raises(ValueError, match=r"query|value|lds"):
         records.write(tmp_path, record(), "", scores, IDS, replicates)
     assert list(tmp_path.iterdir()) == []
 
@@ -314,7 +315,11 @@ def test_an_array_file_that_cannot_grow_is_the_users_to_know(tmp_path: Path) -> 
         "except UserError as error: print(error.key)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), repr(record())], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, str(tmp_path), repr(record())],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert done.stdout == "out\n"
     assert records.read_all(tmp_path) == [] and hidden(tmp_path) == []
@@ -322,4 +327,5 @@ def test_an_array_file_that_cannot_grow_is_the_users_to_know(tmp_path: Path) -> 
 
 def test_no_torch_is_imported() -> None:
     program = "import sys, bench.records, bench.tables; print('torch' in sys.modules, 'pandas' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False False\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False False\n"

@@ -1,0 +1,60 @@
+"""Corrupted-label detection: are the flipped labels what the method calls suspicious?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.evaluations.base import Case, Metric, NotApplicable, finite
+from bench.statistics import Array, average_precision, found_in_first, roc_auc, stratified_counts
+from methods.base import Unsupported
+from tasks.base import Task, digest
+from tasks.errors import require
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Two rankings, never mixed: by `value` (self-influence, loss …), and by the mean attribution to the clean `val`
+    split; lowest first. ROC-AUC and average precision with ties together, the share of flips among the first
+    `inspected` shares of all rows, and the base rate that average precision has by chance."""
+
+    inspected: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inspected", tuple(self.inspected))
+        for share in self.inspected:
+            require(0 < share < 1, "truth.detection.inspected", share, "shares between 0 and 1")
+
+    def plan(self, task: Task, seed: int) -> None:
+        return None
+
+    def evaluate(self, case: Case) -> dict[str, Metric]:
+        flipped = case.task.annotations.flipped if case.task.annotations else frozenset()
+        positive = np.array([i in flipped for i in case.task.train.ids])
+        if not positive.any():
+            raise NotApplicable("no label of this task is known to be wrong")
+        metrics: dict[str, Metric] = {}
+        for name, make in {"value": case.value, "attribution": lambda: case.attribution("val").mean(0)}.items():
+            try:
+                suspicion, nan = finite(-make()[None])
+            except (Unsupported, NotApplicable):
+                continue
+            metrics |= self._metrics(name, positive, suspicion[0], nan)
+        if not metrics:
+            raise NotApplicable("the method neither values nor attributes")
+        metrics["base_rate"] = Metric(float(positive.mean()), np.empty(0), len(positive), {}, better=None)
+        return metrics
+
+    def _metrics(self, name: str, positive: np.ndarray, suspicion: Array, nan: int) -> dict[str, Metric]:
+        truth = {"flips": int(positive.sum())}
+        counts = stratified_counts(positive, int(digest(truth)[:8], 16))
+        statistics: dict[str, Callable[[Array | None], float]] = {
+            f"{name}_auc": lambda c: roc_auc(positive, suspicion, c),
+            f"{name}_ap": lambda c: average_precision(positive, suspicion, c),
+        }
+        for share in self.inspected:
+            statistics[f"{name}_found{round(100 * share)}"] = lambda c, s=share: found_in_first(positive, suspicion, s, c)  # type: ignore[misc]
+        return {
+            key: Metric(f(None), np.array([f(c) for c in counts]), len(positive), truth, nan=nan)
+            for key, f in statistics.items()
+        }

@@ -1,0 +1,62 @@
+"""`plan=true`: what a run would train, how long that takes and how much disk, before anything is trained."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench.evaluations.base import Evaluation
+from tasks.base import Recipe, Task
+from tasks.training.engines import Executor
+from tasks.training.plan import Plan
+from tasks.training.recipe_steps import steps_of
+from tasks.training.retrain import store_of
+
+
+def planned_work(task: Task, evaluations: Mapping[str, Evaluation], seed: int, cache: Path, executor: Executor) -> str:
+    """A few lines. Seconds come from one timed step on this machine, rows that the store holds are not counted."""
+    parameters = sum(p.numel() for p in task.initial(0).parameters())
+    lines = [
+        f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} ({parameters:,} parameters)",
+        f"explained model: 1 training, {steps_of(task.recipe, len(task.train))} steps",
+    ]
+    step = _seconds_of_a_step(task)
+    done = store_of(task, cache / "truth").read()
+    for name, evaluation in evaluations.items():
+        plan = evaluation.plan(task, seed)
+        if plan is None:
+            lines.append(f"{name}: no retraining")
+            continue
+        keys = plan.keys()
+        missing = [k for k, key in enumerate(keys) if key not in done]
+        steps = sum(_steps(task.recipe, plan, k) for k in missing)
+        seconds = steps * step / executor.processes()
+        rows = sum(len(task.splits[s]) for s in ("val", "query"))
+        lines.append(
+            f"{name}: {len(keys)} retrainings, {len(keys) - len(missing)} in the store, {len(missing)} to make by "
+            f"{executor.engine_for(task)}: at most about {seconds:.0f} s on {executor.processes()} processes, "
+            f"{len(missing) * rows * 8 / 2**20:.1f} MiB"
+        )
+    return "\n".join(lines)
+
+
+def _steps(recipe: Recipe, plan: Plan, row: int) -> int:
+    rows = int((plan.weights[row] > 0).sum()) if plan.own_batches else plan.weights.shape[1]
+    return steps_of(recipe, rows)
+
+
+def _seconds_of_a_step(task: Task) -> float:
+    """One model's step, the median of five, in this process."""
+    from tasks.training.recipe_steps import optimizer
+
+    if task.recipe.optimizer == "lbfgs":
+        return 0.0
+    model = task.initial(0).train()
+    update = optimizer(task.recipe, model.parameters())
+    took = []
+    for _ in range(6):
+        started = time.perf_counter()
+        update.zero_grad()
+        task.loss(model, task.train.batch(list(range(min(task.recipe.batch_size, len(task.train)))))).mean().backward()
+        update.step()
+        took.append(time.perf_counter() - started)
+    return sorted(took[1:])[2]

@@ -1,0 +1,360 @@
+"""The story of a run: build task and method, explain, retrain, judge, write one record."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bench import config as configuration
+from bench import records
+from bench.console import Console
+from bench.evaluations.base import Case, Evaluation, Metric, NotApplicable
+from bench.memory import Peak
+from bench.plan import planned_work
+from methods.base import Method, Problem, Unsupported
+from methods.gradients.blocks import blocks_of, coverage
+from tasks.base import Task, Trajectory
+from tasks.errors import UserError
+from tasks.training.explained import explained
+from tasks.training.retrain import VERSION as TRAINING_VERSION
+from tasks.training.train import load
+
+VERSION = 1  # of what attribution and judging mean; enters every run id
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended and where its record lies."""
+
+    status: str
+    folder: str | None
+    reason: str | None
+    task: str
+    found: bool
+
+
+def run(config: DictConfig) -> Outcome:
+    """One method on one task. Finds the record of an equal run instead of doing it again."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    out, name = Path(config.out), str(config.choice.method)
+    task, method = build_task(config), build_method(config)
+    evaluations = build_evaluations(config, task)
+    identity = {
+        "config": configuration.run_key(config),
+        "data": task.fingerprint(),
+        "task": task.key(),
+        "versions": [VERSION, TRAINING_VERSION],
+    }
+    run_id = records.run_id(identity)
+    if config.plan:
+        print(planned_work(task, evaluations, config.seed, out / "cache", instantiate(config.executor)))
+        return Outcome("ok", None, "planned only", task.name, False)
+    known = records.find(out, task.name, name, run_id)
+    if known is not None and not config.rerun:
+        status = records.read(known)["status"]
+        if status != "failed":
+            return Outcome(status, str(known), None, task.name, True)
+
+    console = Console()
+    started = datetime.now(UTC)
+    record: dict[str, Any] = {
+        "schema": records.SCHEMA,
+        "run_id": run_id,
+        "status": "ok",
+        "reason": None,
+        "task": task.name,
+        "data": {"source": task.source, "fingerprint": task.fingerprint()[:16], "n_train": len(task.train)},
+        "model": task.model,
+        "method": name,
+        "method_label": name,
+        "seed": config.seed,
+        "config": configuration.run_key(config),
+        "metrics": {},
+        "fitness": {},
+        "cost": {},
+    }
+    kept = Kept({}, {}, {})
+    try:
+        _judge(config, task, method, evaluations, console, record, kept)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        record |= {"status": "failed", "reason": configuration.one_line(error)}
+    record["provenance"] = provenance(config, started)
+    folder = records.write(
+        out, record, OmegaConf.to_yaml(config, resolve=True), kept.scores, kept.ids, kept.replicates, replace=True
+    )
+    return Outcome(record["status"], str(folder), record["reason"], task.name, False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is stored beside the record."""
+
+    scores: dict[str, np.ndarray]
+    ids: dict[str, Sequence[str]]
+    replicates: dict[str, np.ndarray]
+
+
+def _judge(
+    config: DictConfig,
+    task: Task,
+    method: Method,
+    evaluations: dict[str, Evaluation],
+    console: Console,
+    record: dict[str, Any],
+    kept: Kept,
+) -> None:
+    """Fills the record: fitness, scores, metrics, cost."""
+    unmet = method.unmet(task)
+    if unmet is not None:
+        record |= {"status": "unsupported", "reason": f"method={record['method']} {unmet}"}
+        return
+    cache = Path(config.out) / "cache"
+    print(f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} method={record['method']}", file=sys.stderr)
+    with console.phase("explained_training", "explained model"):
+        trajectory = explained(task, config.seed, 0, cache / "models")
+    if not all(torch.isfinite(p).all() for p in trajectory.final.values()):
+        record |= {"status": "diverged", "reason": f"training ended at loss {trajectory.final_loss}"}
+        return
+    record["fitness"] = fitness(task, trajectory)
+    if not record["fitness"]["fit"]:
+        record |= {"status": "unfit", "reason": unfit_reason(task, record["fitness"])}
+
+    problem = Problem(task.public(), config.seed, lambda k: explained(task, config.seed, k, cache / "models"), config.device)
+    record["coverage"] = coverage_of(problem, method)
+    peak = Peak()
+    attribution, value = _scorers(problem, method, console, peak, kept)
+    case = Case(
+        task=task,
+        seed=config.seed,
+        trajectory=trajectory,
+        attribution=attribution,
+        value=value,
+        calibrated=method.calibrated,
+        store=cache / "truth",
+        executor=instantiate(config.executor),
+        progress=console.progress,
+    )
+    if not evaluations:
+        for make in (lambda: attribution("query"), value):
+            _try(make, record)
+    for name, evaluation in evaluations.items():
+        with console.phase("evaluation", name):
+            found = _try(lambda evaluation=evaluation: evaluation.evaluate(case), record)  # type: ignore[misc]
+        for metric, entry in (found or {}).items():
+            record["metrics"][metric] = entry.entry()
+            if len(entry.replicates):
+                kept.replicates[metric] = entry.replicates
+    if not kept.scores and record["status"] == "ok":
+        record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
+    attributed = console.seconds.get("attribution", 0.0)
+    record["cost"] = {
+        "seconds": attributed + problem.meter.seconds_of_trainings,
+        "phases": {**console.seconds, "trainings": problem.meter.seconds_of_trainings},
+        "peak_memory_bytes": peak.bytes,
+        "trainings": problem.meter.trainings,
+        "gradients": problem.meter.gradients,
+        "stored_bytes": sum(a.nbytes for a in kept.scores.values()),
+    }
+
+
+def _try(make: Callable[[], Any], record: dict[str, Any]) -> Any:
+    """None, with a note in the record, where the method does not offer what is asked."""
+    try:
+        return make()
+    except (Unsupported, NotApplicable) as reason:
+        record.setdefault("notes", []).append(str(reason))
+        return None
+
+
+def _scorers(
+    problem: Problem, method: Method, console: Console, peak: Peak, kept: Kept
+) -> tuple[Callable[[str], np.ndarray], Callable[[], np.ndarray]]:
+    """Attribution by split, and value: each made once, timed, its peak memory taken, kept for the record."""
+
+    def made(key: str, label: str, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> np.ndarray:
+        if key not in kept.scores:
+            started = time.perf_counter()
+            with peak.measured(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                scores = make()
+            if tuple(scores.shape) != shape:
+                raise ValueError(f"{key}: shape {tuple(scores.shape)}, expected {shape}")
+            took = time.perf_counter() - started
+            console.seconds["attribution"] = console.seconds.get("attribution", 0.0) + took
+            print(f"  {label}: {took:.1f} s", file=sys.stderr, flush=True)
+            kept.scores[key] = scores.detach().cpu().double().numpy()
+            kept.ids["train"] = problem.train.ids
+        return kept.scores[key]
+
+    def attribution(split: str) -> np.ndarray:
+        queries = problem.task.splits[split]
+        kept.ids[split] = queries.ids
+        shape = (len(queries), len(problem.train))
+        return made(f"attribution/{split}", f"scores of {len(queries)} {split} rows", lambda: method.attribute(problem, queries), shape)
+
+    def value() -> np.ndarray:
+        return made("value", "values", lambda: method.value(problem), (len(problem.train),))
+
+    return attribution, value
+
+
+def build_task(config: DictConfig) -> Task:
+    """The task with its model; a user's mistake comes out as `UserError`."""
+    model = _instantiate(config.model)
+    return _called(lambda: instantiate(config.task, _partial_=True, _convert_="all")(model=model))
+
+
+def build_method(config: DictConfig) -> Method:
+    """The method, with whatever it wraps."""
+    method = _instantiate(config.method)
+    for name in ("attribute", "value"):
+        if not callable(getattr(method, name, None)):
+            raise UserError("method._target_", config.method._target_, f"has no {name}()", hint="derive it from methods.base.Method")
+    return method
+
+
+def build_evaluations(config: DictConfig, task: Task) -> dict[str, Evaluation]:
+    """Those that the config asks for; impossible settings are refused before anything is trained."""
+    chosen = {}
+    for name in config.evaluation:
+        if name not in config.truth:
+            raise UserError("evaluation", name, "is unknown", allowed=list(config.truth))
+        chosen[name] = _instantiate(config.truth[name])
+        chosen[name].plan(task, config.seed)
+    return chosen
+
+
+def _instantiate(node: DictConfig) -> Any:
+    return _called(lambda: instantiate(node, _convert_="all"))
+
+
+def _called(make: Callable[[], Any]) -> Any:
+    """What Hydra builds; a `UserError` inside comes out as itself."""
+    try:
+        return make()
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from error
+        raise
+
+
+def fitness(task: Task, trajectory: Trajectory) -> dict[str, Any]:
+    """How good the explained model is on the test split, and how many of the planted flips it has learned by heart."""
+    model = load(task.initial(trajectory.seed), trajectory.final)
+    facts: dict[str, Any] = {}
+    with torch.no_grad():
+        outputs = {
+            split: torch.cat([task.outputs(model, examples.batch(index)) for index in examples.batches(256)])[
+                torch.argsort(torch.cat(examples.batches(256)))
+            ]
+            for split, examples in task.splits.items()
+            if split in ("test", "train")
+        }
+    for name, number in task.objective.fitness(outputs["test"], task.splits["test"].targets).items():
+        facts[f"test_{name}"] = number
+    for name, number in task.objective.fitness(outputs["train"], task.train.targets).items():
+        facts[f"train_{name}"] = number
+    if task.annotations is not None and task.annotations.flipped:
+        rows = [k for k, i in enumerate(task.train.ids) if i in task.annotations.flipped]
+        said = task.objective.fitness(outputs["train"][rows], task.train.targets[rows])
+        facts["flips_memorised"] = said["accuracy"]
+    facts["floor"] = dict(task.floor)
+    facts["fit"] = all(facts[f"test_{name}"] >= floor for name, floor in task.floor.items())
+    return facts
+
+
+def unfit_reason(task: Task, facts: dict[str, Any]) -> str:
+    parts = [f"test {name} {facts[f'test_{name}']:.3f} is below its floor {floor}" for name, floor in task.floor.items()]
+    return "; ".join(parts)
+
+
+def coverage_of(problem: Problem, method: Method) -> dict[str, object] | None:
+    """Which blocks a method that works by blocks covers."""
+    if not hasattr(method, "modules"):
+        return None
+    model = problem.task.initial(0)
+    return coverage(model, blocks_of(model, method.modules))
+
+
+def provenance(config: DictConfig, started: datetime) -> dict[str, Any]:
+    """What the numbers came from."""
+    packages = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "hydra-core")
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "commit": _commit(),
+        "host": {"cpu": _cpu(), "cores": torch.multiprocessing.cpu_count(), "gpu": _gpu(config.device)},
+        "started": started.isoformat(timespec="seconds"),
+        "command": " ".join(["python -m bench", *_overrides()]),
+    }
+
+
+def _overrides() -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _commit() -> str | None:
+    import subprocess
+
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu(device: str) -> str | None:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+
+
+def report(out: Path, outcomes: Sequence[Outcome]) -> str:
+    """The tables of the tasks that these runs belong to, and where everything lies."""
+    from bench import figures, tables
+
+    wanted = sorted({o.task for o in outcomes})
+    keys = set()
+    for outcome in outcomes:
+        if outcome.folder is not None:
+            record = records.read(Path(outcome.folder))
+            keys.add((record["task"], record["data"]["fingerprint"], record["model"]))
+    lines: list[str] = []
+    for table in tables.tables(tables.load(out, wanted)):
+        files = tables.write(table, out / "tables")
+        drawn = figures.quality_against_seconds(table, out / "tables" / f"{table.name}.png")
+        if (table.task, table.fingerprint, table.model) in keys:
+            lines += ["", tables.to_console(table), "", f"table:  {files[0].with_suffix('')}.{{csv,md,tex}}"]
+            lines += [f"figure: {path}" for path in drawn[:1]]
+    for outcome in outcomes:
+        if outcome.folder is not None:
+            again = " (found: rerun=true does it again)" if outcome.found else ""
+            lines.append(f"record: {outcome.folder}{again}")
+        if outcome.reason and outcome.status != "failed":
+            lines.append(f"{outcome.status}: {outcome.reason}")
+    return "\n".join(lines).strip("\n")
