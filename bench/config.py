@@ -104,8 +104,8 @@ def check(config: DictConfig) -> None:
 def check_signature(node: Mapping[str, Any], key: str, given: Sequence[str] = ()) -> None:
     """Refuses a `node` unless its keys are arguments of its `_target_`, of the annotated type, and none is missing.
 
-    Nested nodes likewise. `given`: arguments that the caller adds. Only plain annotations are compared (numbers, text, literals, unions and
-    lists of them); what else is impossible the target says itself.
+    Nested nodes likewise. `given`: arguments that the caller adds. Only plain annotations are compared (numbers, text,
+    literals, unions and lists of them); what else is impossible the target says itself.
     """
     name = node["_target_"]
     try:

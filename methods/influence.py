@@ -11,7 +11,7 @@ from methods.curvature.base import Blocked, Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import Block, blocks_of, with_rows_in_use
-from methods.gradients.per_example import Factors, gradients
+from methods.gradients.per_example import gradients
 from tasks.base import Examples
 from tasks.errors import UserError
 
@@ -47,58 +47,65 @@ class Influence(Method):
         return not isinstance(self.curvature, Identity)
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
-        model = self._model(problem)
+        task, model = problem.task, self._model(problem)
         # Rows that only queries look up meet no training gradient; a query's norm alone needs them.
         data = [problem.train] if self.similarity == "dot" else [problem.train, queries]
-        blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
+        blocks = self._blocks(problem, model, data)
         fitted = self._fitted(problem, model, blocks)
         scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
         size = sum(b.size for b in blocks) * next(model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
-            part, lengths = self._queries(problem, model, blocks, queries.select(rows))
-            part = fitted.solve(part, self.damping, problem.task.recipe.l2)
-            for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+            measured = self._measured(problem, model, blocks, fitted, queries.select(rows))
+            lengths = norms(measured).double().cpu()
+            measured = fitted.precondition(measured, self.damping, task.recipe.l2)
+            for index, found in gradients(task, model, problem.train, blocks, task.objective.loss):
                 problem.meter.gradients += len(index)
-                dense = blocked(found)
-                product = -inner(part, dense).double().cpu() / len(problem.train)
+                g = fitted.coordinates(found)
+                product = -inner(measured, g).double().cpu()
                 if self.similarity == "cosine":
-                    product *= len(problem.train) / (lengths[:, None] * norms(dense).double().cpu())
+                    product /= lengths[:, None] * norms(g).double().cpu()
+                else:
+                    product /= len(problem.train)
                 scores[rows[:, None], index] = product
         return scores
 
     def value(self, problem: Problem) -> Tensor:
         if self.similarity == "cosine":
             raise Unsupported("the cosine of a gradient with itself is 1")
-        model = self._model(problem)
-        blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
+        task, model = problem.task, self._model(problem)
+        blocks = self._blocks(problem, model, [problem.train])
         fitted = self._fitted(problem, model, blocks)
         values = torch.empty(len(problem.train), dtype=torch.float64)
-        for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+        for index, found in gradients(task, model, problem.train, blocks, task.objective.loss):
             problem.meter.gradients += len(index)
-            dense = blocked(found)
-            solved = fitted.solve(dense, self.damping, problem.task.recipe.l2)
-            values[index] = -sum_of_products(solved, dense).double().cpu() / len(problem.train)
+            g = fitted.coordinates(found)
+            solved = fitted.precondition(g, self.damping, task.recipe.l2)
+            values[index] = -sum_of_products(solved, g).double().cpu() / len(problem.train)
         return values
 
     def _model(self, problem: Problem) -> nn.Module:
         model = problem.model()
         return model if self.curvature.precision is None else model.to(self.curvature.precision)
 
-    def _fitted(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
-        rows = tuple((b.name, b.shape, None if b.rows is None else tuple(b.rows.tolist())) for b in blocks)
-        return problem.once((self.curvature, rows), lambda: self.curvature.fit(problem, model, blocks))
+    def _blocks(self, problem: Problem, model: nn.Module, data: Sequence[Examples]) -> Sequence[Block]:
+        key = ("blocks", self.modules, *(e.ids for e in data))
+        return problem.once(key, lambda: with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data))
 
-    def _queries(
-        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], queries: Examples
-    ) -> tuple[Blocked, Tensor]:
-        """∇m of the queries by block, and their norms."""
+    def _fitted(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
+        # Blocks compare by identity: a fit belongs to the very blocks that it was made for.
+        return problem.once((self.curvature, tuple(blocks)), lambda: self.curvature.fit(problem, model, blocks))
+
+    def _measured(
+        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], fitted: Fitted, queries: Examples
+    ) -> Blocked:
+        """∇m of the queries, in the curvature's coordinates."""
         dtype = next(model.parameters()).dtype
-        found_all = {b.name: torch.empty(len(queries), *b.shape, dtype=dtype, device=problem.device) for b in blocks}
+        measured = {b.name: torch.empty(len(queries), *b.shape, dtype=dtype, device=problem.device) for b in blocks}
         for index, found in gradients(problem.task, model, queries, blocks, problem.task.objective.measure):
             problem.meter.gradients += len(index)
-            for f in found:
-                found_all[f.block.name][index] = f.dense()
-        return found_all, norms(found_all).double().cpu()
+            for name, g in fitted.coordinates(found).items():
+                measured[name][index] = g
+        return measured
 
 
 def inner(left: Blocked, right: Blocked) -> Tensor:
@@ -115,7 +122,3 @@ def norms(gradient: Blocked) -> Tensor:
     """‖g_i‖ over all blocks, (B,)."""
     return sum_of_products(gradient, gradient).sqrt()
 
-
-def blocked(found: Sequence[Factors]) -> Blocked:
-    """Dense gradients by block name."""
-    return {f.block.name: f.dense() for f in found}

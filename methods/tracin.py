@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Problem
+from methods.curvature.base import dense
 from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import gradients
-from methods.influence import blocked, inner, sum_of_products
+from methods.influence import inner, sum_of_products
 from tasks.base import Examples
 
 
@@ -32,11 +33,11 @@ class TracIn(Method):
             measured = {b.name: torch.empty(len(queries), *b.shape, dtype=problem.task.dtype) for b in blocks}
             for index, found in gradients(problem.task, model, queries, blocks, problem.task.objective.measure):
                 problem.meter.gradients += len(index)
-                for name, g in blocked(found).items():
+                for name, g in dense(found).items():
                     measured[name][index] = g
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                scores[:, index] -= checkpoint.path * inner(measured, blocked(found)).double() / len(problem.train)
+                scores[:, index] -= checkpoint.path * inner(measured, dense(found)).double() / len(problem.train)
         return scores
 
     def value(self, problem: Problem) -> Tensor:
@@ -46,6 +47,6 @@ class TracIn(Method):
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                dense = blocked(found)
-                values[index] -= checkpoint.path * sum_of_products(dense, dense).double() / len(problem.train)
+                g = dense(found)
+                values[index] -= checkpoint.path * sum_of_products(g, g).double() / len(problem.train)
         return values

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.errors import UserError, require
+
+_GLOBAL_RANDOM_STATE = threading.Lock()  # torch has one for all threads, and its initialisers draw from it
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Task:
 
     def initial(self, seed: int) -> nn.Module:
         """θ0 of a seed; leaves the global random state as it was."""
-        with torch.random.fork_rng(devices=[]):
+        with _GLOBAL_RANDOM_STATE, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build().to(self.dtype).eval()
 

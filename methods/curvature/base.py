@@ -9,15 +9,26 @@ from torch import Tensor, nn
 from methods.base import Problem
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
+from methods.gradients.per_example import Factors
 
 Blocked = dict[str, Tensor]  # block name -> (R, out, in), R right-hand sides
 
 
 class Fitted(Protocol):
-    """A factorised curvature H of the mean training loss (its L2 term aside)."""
+    """A factorised curvature H of the mean training loss (its L2 term aside); fitted once, any damping after.
+
+    It works in coordinates of its own, an orthonormal basis U in which solving is cheap (U = I is allowed):
+    gᵀ (H + δI)⁻¹ v = ⟨Uᵀg, precondition(Uᵀv)⟩, so scores never need to leave them. What is handed in stays as it is.
+    """
+
+    def coordinates(self, found: Sequence[Factors]) -> Blocked:
+        """Uᵀg of per-example gradients, {block: (B, out, in)}."""
+
+    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
+        """Uᵀ (H + γI + λI)⁻¹ U of what is in coordinates; γ = `l2`, λ by `damping`."""
 
     def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
-        """(H + γI + λI)⁻¹ rhs with γ = `l2`, λ by `damping`; fitted once, any damping after. `rhs` stays as it is."""
+        """(H + γI + λI)⁻¹ rhs for dense blocks {block: (R, out, in)}."""
 
 
 class Curvature(Protocol):
@@ -27,6 +38,11 @@ class Curvature(Protocol):
 
     def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
         """From the whole training set."""
+
+
+def dense(found: Sequence[Factors]) -> Blocked:
+    """Per-example gradients as they are."""
+    return {f.block.name: f.dense() for f in found}
 
 
 def positive(strength: float, smallest: float, what: str) -> float:

@@ -9,7 +9,7 @@ U_A = I. LayerNorms have an exact dense Fisher block. Eigendecompositions in flo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -47,7 +47,7 @@ class EKFAC:
         for index, found in self._pseudo_gradients(problem, model, blocks, "eigenvalues"):
             problem.meter.gradients += len(index)
             for f in found:
-                eigenvalues[f.block.name] += bases[f.block.name].rotate(f.dense()).double().square().sum(0).cpu()
+                eigenvalues[f.block.name] += bases[f.block.name].coordinates(f).double().square().sum(0).cpu()
         return FittedEKFAC(tuple(blocks), bases, {name: v / n for name, v in eigenvalues.items()})
 
     def _pseudo_gradients(self, problem: Problem, model: nn.Module, blocks: Sequence[Block], use: str):  # type: ignore[no-untyped-def]
@@ -105,6 +105,14 @@ class Basis:
         g = left.T @ g
         return g if self.right is None else g @ self.right.to(g.device, g.dtype)
 
+    def coordinates(self, f: Factors) -> Tensor:
+        """U_Sᵀ G U_A of per-example gradients: the factors are rotated, which is far cheaper than their products."""
+        if self.whole:
+            return self.rotate(f.dense())
+        outputs = f.outputs @ self.left.to(f.outputs.device, f.outputs.dtype)
+        inputs = f.inputs if self.right is None else f.inputs @ self.right.to(f.inputs.device, f.inputs.dtype)
+        return replace(f, inputs=inputs, outputs=outputs).dense()
+
     def back(self, g: Tensor) -> Tensor:
         """U_S G U_Aᵀ, (R, out, in)."""
         left = self.left.to(g.device, g.dtype)
@@ -122,14 +130,20 @@ class FittedEKFAC:
     bases: dict[str, Basis]
     eigenvalues: dict[str, Tensor]
 
-    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
+    def coordinates(self, found: Sequence[Factors]) -> Blocked:
+        return {f.block.name: self.bases[f.block.name].coordinates(f) for f in found}
+
+    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
         strengths = damping.strengths(
             {b.name: self.eigenvalues[b.name].sum().item() for b in self.blocks}, {b.name: b.size for b in self.blocks}
         )
         solved = {}
         for block in self.blocks:
-            values, basis, v = self.eigenvalues[block.name], self.bases[block.name], rhs[block.name]
+            values, v = self.eigenvalues[block.name], rotated[block.name]
             delta = positive(l2 + strengths[block.name], values.min().item(), f"EK-FAC's block {block.name}")
-            scale = (values + delta).reciprocal().to(v.device, v.dtype)
-            solved[block.name] = basis.back(basis.rotate(v) * scale)
+            solved[block.name] = v * (values + delta).reciprocal().to(v.device, v.dtype)
         return solved
+
+    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
+        rotated = {name: self.bases[name].rotate(v) for name, v in rhs.items()}
+        return {name: self.bases[name].back(v) for name, v in self.precondition(rotated, damping, l2).items()}

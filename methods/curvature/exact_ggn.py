@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Problem
-from methods.curvature.base import Blocked, positive
+from methods.curvature.base import Blocked, dense, positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import flat, output_gradients
+from methods.gradients.per_example import Factors, flat, output_gradients
 from tasks.errors import UserError
 
 
@@ -72,6 +72,12 @@ class FittedGGN:
     @property
     def size(self) -> int:
         return sum(b.size for b in self.blocks)
+
+    def coordinates(self, found: Sequence[Factors]) -> Blocked:
+        return dense(found)
+
+    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
+        return self.solve(rotated, damping, l2)
 
     def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
         strength = damping.strengths({"all": self.gram.trace().item()}, {"all": self.size})["all"]

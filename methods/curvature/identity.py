@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from methods.base import Problem
-from methods.curvature.base import Blocked
+from methods.curvature.base import Blocked, dense
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
+from methods.gradients.per_example import Factors
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Identity:
 
     def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "Identity":
         return self
+
+    def coordinates(self, found: Sequence[Factors]) -> Blocked:
+        return dense(found)
+
+    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
+        return rotated
 
     def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
         return rhs

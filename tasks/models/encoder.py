@@ -19,8 +19,22 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
+class HeadedEncoder(nn.Module):
+    """input_ids, attention_mask (B, T) -> logits (B, C) from the last state of the first token, without a pooler."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, init_std: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=init_std)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
+
+
 class Classifier(nn.Module):
-    """input_ids, attention_mask (B, T) -> logits (B, C). Attention is eager: it must stand double differentiation."""
+    """input_ids, attention_mask (B, T) -> logits (B, C), the library's own head."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -54,21 +68,34 @@ class ScratchBert:
         """The tokenizer of these training texts, the builder of θ0, and what identifies both."""
         from tokenizers import BertWordPieceTokenizer
 
-        tokenizer = BertWordPieceTokenizer(lowercase=True)
-        tokenizer.train_from_iterator(
-            texts, vocab_size=self.vocabulary, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
-        )
-        size = tokenizer.get_vocab_size()
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        vocabulary = word_pieces(texts, self.vocabulary)
+        tokenizer = BertWordPieceTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, lowercase=True)
         tokenizer.enable_truncation(self.max_length)
 
         def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
             return padded([e.ids for e in tokenizer.encode_batch(list(rows))], pad=0)
 
         shape = (self.layers, self.width, self.heads, self.intermediate, self.max_length)
-        build = partial(build_bert, *shape, self.dropout, self.init_std, size, classes)
+        build = partial(build_bert, *shape, self.dropout, self.init_std, len(vocabulary), classes)
         identity = {"shape": shape, "dropout": self.dropout, "init_std": self.init_std, "vocabulary": vocabulary}
         return tokenize, build, identity
+
+
+def word_pieces(texts: Sequence[str], size: int) -> list[str]:
+    """A WordPiece vocabulary of these texts: pieces in a fixed order, special ones first, the same in every process.
+
+    The trainer numbers the letters inside words ("##a") in the order of a hash table, and breaks ties by number: they
+    are handed to it as special tokens, in alphabetical order, so that it has nothing to choose.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    normal = [trainer.normalizer.normalize_str(text) for text in texts]
+    inner = sorted({f"##{letter}" for text in normal for letter in text if not letter.isspace()})
+    trainer.train_from_iterator(
+        texts, vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL, *inner], show_progress=False
+    )
+    return [*SPECIAL, *sorted(set(trainer.get_vocab()) - set(SPECIAL))]
 
 
 def build_bert(
@@ -82,8 +109,8 @@ def build_bert(
     vocabulary: int,
     classes: int,
 ) -> nn.Module:
-    """A randomly initialised BERT classifier."""
-    from transformers import BertConfig, BertForSequenceClassification
+    """A randomly initialised BERT classifier. Attention is eager: it must stand double differentiation."""
+    from transformers import BertConfig, BertModel
 
     config = BertConfig(
         vocab_size=vocabulary,
@@ -97,10 +124,9 @@ def build_bert(
         initializer_range=init_std,
         type_vocab_size=1,
         pad_token_id=0,
-        num_labels=classes,
         attn_implementation="eager",
     )
-    return Classifier(BertForSequenceClassification(config))
+    return HeadedEncoder(BertModel(config, add_pooling_layer=False), width, classes, init_std)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, hessian, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 from tasks.base import Task
 
@@ -45,7 +45,8 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
         return values.detach(), gradients
 
     def metric(theta: Tensor) -> Tensor:
-        return torch.linalg.cholesky(hessian(objective)(theta, ones[0], total[0]))
+        # Reverse over reverse: forward-mode levels are shared by all threads of a process.
+        return torch.linalg.cholesky(jacrev(grad(objective))(theta, ones[0], total[0]))
 
     def solve(start: Tensor, factor: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         function = lambda theta, rows: value_and_gradient(theta, w[rows], n[rows])  # noqa: E731
