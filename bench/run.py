@@ -1,6 +1,5 @@
 """The story of a run: build task and method, explain, retrain, judge, write one record."""
 
-import math
 import platform
 import sys
 import time
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench import config as configuration
 from bench import records
 from bench.console import Console
-from bench.evaluations.base import Case, Evaluation, Metric, NotApplicable
+from bench.evaluations.base import Case, Evaluation, NotApplicable
 from bench.memory import Peak
 from bench.plan import planned_work
 from methods.base import Method, Problem, Unsupported
@@ -124,7 +123,10 @@ def _judge(
         record |= {"status": "unsupported", "reason": f"method={record['method']} {unmet}"}
         return
     cache = Path(config.out) / "cache"
-    print(f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} method={record['method']}", file=sys.stderr)
+    print(
+        f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} method={record['method']}",
+        file=sys.stderr,
+    )
     with console.phase("explained_training", "explained model"):
         trajectory = explained(task, config.seed, 0, cache / "models")
     if not all(torch.isfinite(p).all() for p in trajectory.final.values()):
@@ -134,7 +136,9 @@ def _judge(
     if not record["fitness"]["fit"]:
         record |= {"status": "unfit", "reason": unfit_reason(task, record["fitness"])}
 
-    problem = Problem(task.public(), config.seed, lambda k: explained(task, config.seed, k, cache / "models"), config.device)
+    problem = Problem(
+        task.public(), config.seed, lambda k: explained(task, config.seed, k, cache / "models"), config.device
+    )
     record["coverage"] = coverage_of(problem, method)
     peak = Peak()
     attribution, value = _scorers(problem, method, console, peak, kept)
@@ -205,7 +209,12 @@ def _scorers(
         queries = problem.task.splits[split]
         kept.ids[split] = queries.ids
         shape = (len(queries), len(problem.train))
-        return made(f"attribution/{split}", f"scores of {len(queries)} {split} rows", lambda: method.attribute(problem, queries), shape)
+        return made(
+            f"attribution/{split}",
+            f"scores of {len(queries)} {split} rows",
+            lambda: method.attribute(problem, queries),
+            shape,
+        )
 
     def value() -> np.ndarray:
         return made("value", "values", lambda: method.value(problem), (len(problem.train),))
@@ -224,7 +233,9 @@ def build_method(config: DictConfig) -> Method:
     method = _instantiate(config.method)
     for name in ("attribute", "value"):
         if not callable(getattr(method, name, None)):
-            raise UserError("method._target_", config.method._target_, f"has no {name}()", hint="derive it from methods.base.Method")
+            raise UserError(
+                "method._target_", config.method._target_, f"has no {name}()", hint="derive it from methods.base.Method"
+            )
     return method
 
 
@@ -282,7 +293,9 @@ def fitness(task: Task, trajectory: Trajectory) -> dict[str, Any]:
 
 
 def unfit_reason(task: Task, facts: dict[str, Any]) -> str:
-    parts = [f"test {name} {facts[f'test_{name}']:.3f} is below its floor {floor}" for name, floor in task.floor.items()]
+    parts = [
+        f"test {name} {facts[f'test_{name}']:.3f} is below its floor {floor}" for name, floor in task.floor.items()
+    ]
     return "; ".join(parts)
 
 

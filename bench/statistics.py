@@ -63,7 +63,9 @@ class Ranks:
         return np.take_along_axis(middle, self.back, 0)
 
 
-def resamples(rows: int, columns: int, seed: int, number: int = RESAMPLES) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def resamples(
+    rows: int, columns: int, seed: int, number: int = RESAMPLES
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How often each row and each column is drawn in each resample: (R, rows), (R, columns).
 
     Of one truth (one seed) they are the same for every method, so that differences of replicates are paired.
@@ -80,7 +82,7 @@ def bootstrap_correlation(x: Array, y: Array, kind: str, seed: int, number: int 
 
     A query whose correlation is undefined counts as 0: no information is a failure, not a gap.
     """
-    row_counts, query_counts = resamples(*x.shape, seed, number)
+    row_counts, query_counts = resamples(x.shape[0], x.shape[1], seed, number)
     if kind == "spearman":
         rx, ry = Ranks(x), Ranks(y)
     replicates = np.empty(number)
@@ -92,7 +94,7 @@ def bootstrap_correlation(x: Array, y: Array, kind: str, seed: int, number: int 
 
 def bootstrap_slope(x: Array, y: Array, seed: int, number: int = RESAMPLES) -> Array:
     """Replicates (R,) of the mean over queries of the slope."""
-    row_counts, query_counts = resamples(*x.shape, seed, number)
+    row_counts, query_counts = resamples(x.shape[0], x.shape[1], seed, number)
     w = row_counts / row_counts.sum(1, keepdims=True)  # (R, S)
     mx, my = w @ x, w @ y
     cov, var = w @ (x * y) - mx * my, w @ (x * x) - mx * mx
@@ -150,7 +152,7 @@ def roc_auc(positive: NDArray[np.bool_], score: Array, counts: Array | None = No
 
 
 def found_in_first(positive: NDArray[np.bool_], score: Array, share: float, counts: Array | None = None) -> float:
-    """Share of the positives among the first `share` of all rows by score; what ties at the edge counts in proportion."""
+    """Share of the positives among the first `share` of all rows; what ties at the edge counts in proportion."""
     c = np.ones(len(score)) if counts is None else np.asarray(counts, float)
     values, group = np.unique(-score, return_inverse=True)
     p, size = np.bincount(group, c * positive, len(values)), np.bincount(group, c, len(values))

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 import warnings
 from collections import defaultdict
@@ -30,11 +31,13 @@ from bench.records import Record
 from tasks.errors import UserError
 
 COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
-FIRST = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")  # then others, then LAST
+FIRST = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")
+FIRST = (*FIRST, "value_auc", "attribution_auc", "value_ap", "attribution_ap")  # then others, then LAST
 LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")
 MAIN = ("lds", *DETECTION, "loo_spearman", "loo_pearson")
 SEED_SPREAD_FROM = 3
+PANEL = 130  # characters that a console table may be wide; what does not fit goes below, beside the methods again
 INTERVAL = (2.5, 97.5)
 
 Stored = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]  # a record and its replicates
@@ -592,21 +595,33 @@ def to_console(table: Table, bold: bool | None = None, width: int | None = None)
 
     bold = sys.stdout.isatty() if bold is None else bold
     header, lines, ceiling = _grid(table)
-    grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        grid.add_column(Text(name), justify="left" if name == "method" else "right", overflow="fold")
-    for i, line in enumerate(lines):
-        texts = [Text(t, "bold") if b and bold else Text(t + "*" * b) for t, b in line]
-        grid.add_row(*texts, end_section=ceiling is not None and i == len(lines) - 1)
-    if ceiling is not None:
-        grid.add_row(*(Text(text) for text, _ in ceiling))
+    shown = [*lines, *([ceiling] if ceiling is not None else [])]
     file = io.StringIO()
-    width = width or (None if bold else 100_000)  # a file or a pipe has no edge
-    Console(file=file, force_terminal=bold, color_system="standard" if bold else None, width=width).print(grid)
+    console = Console(file=file, force_terminal=bold, color_system="standard" if bold else None, width=100_000)
+    width = width or (shutil.get_terminal_size((PANEL, 0)).columns if bold else PANEL)
+    for columns in _panels(header, shown, width):
+        grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
+        for c in columns:
+            grid.add_column(Text(header[c]), justify="right" if c else "left", no_wrap=True)
+        for i, line in enumerate(shown):
+            texts = [Text(t, "bold") if b and bold else Text(t + "*" * b) for t, b in (line[c] for c in columns)]
+            grid.add_row(*texts, end_section=ceiling is not None and i == len(lines) - 1)
+        console.print(grid)
     body = [line.rstrip() for line in file.getvalue().splitlines()]
     starred = not bold and any(b for line in lines for _, b in line)
     notes = [*table.notes, *["* best, or not told from the best by the paired bootstrap"] * starred]
     return "\n".join([table.caption, *filter(None, body), *notes]) + "\n"
+
+
+def _panels(header: Sequence[str], lines: Sequence[Line], width: int) -> list[list[int]]:
+    """Columns that fit beside each other, the first one (the method) in every panel."""
+    widths = [max(len(name), *(len(line[c][0]) + 1 for line in lines)) + 3 for c, name in enumerate(header)]
+    panels: list[list[int]] = [[0]]
+    for c in range(1, len(header)):
+        if len(panels[-1]) > 1 and sum(widths[k] for k in panels[-1]) + widths[c] > width:
+            panels.append([0])
+        panels[-1].append(c)
+    return panels
 
 
 def to_markdown(table: Table) -> str:

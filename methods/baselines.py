@@ -19,7 +19,10 @@ class Random(Method):
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         # One draw an id: a query's scores do not depend on which others are asked.
-        rows = [torch.randn(len(problem.train), generator=problem.generator("random", i), dtype=torch.float64) for i in queries.ids]
+        rows = [
+            torch.randn(len(problem.train), generator=problem.generator("random", i), dtype=torch.float64)
+            for i in queries.ids
+        ]
         return torch.stack(rows)
 
     def value(self, problem: Problem) -> Tensor:

@@ -121,4 +121,3 @@ def sum_of_products(left: Blocked, right: Blocked) -> Tensor:
 def norms(gradient: Blocked) -> Tensor:
     """‖g_i‖ over all blocks, (B,)."""
     return sum_of_products(gradient, gradient).sqrt()
-

@@ -15,7 +15,7 @@ from tasks.base import Examples
 
 @dataclass(frozen=True)
 class TracIn(Method):
-    """score(q, i) = −(1/N) Σ_c η_c ∇m_c(q)ᵀ ∇ℓ_c(i)         (Pruthi et al. 2020, §3.2, TracInCP, for a measurement)
+    """score(q, i) = −(1/N) Σ_c η_c ∇m_c(q)ᵀ ∇ℓ_c(i)    (Pruthi et al. 2020, §3.2, TracInCP, for a measurement)
 
     Over the checkpoints of the explained run; η_c sums the learning rates of the steps that end at checkpoint c, so that
     (1/N) η_c is what example i moved in expectation. value(i) = −(1/N) Σ_c η_c ‖∇ℓ_c(i)‖². Momentum and Adam are left

@@ -159,7 +159,9 @@ class Recipe:
 class Objective(Protocol):
     """What model outputs (B, ...) mean: the training loss, the measurement, and the curvature at the output."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """In one word."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Per-example training loss in nats, (B,)."""

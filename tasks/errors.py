@@ -1,4 +1,4 @@
-"""A user's mistake, said in one line: the key, the value, what is allowed, what to do. The program ends with status 2."""
+"""A user's mistake, said in one line: the key, the value, what is allowed, what to do. The program exits with 2."""
 
 from collections.abc import Iterable
 

@@ -35,19 +35,26 @@ def sst2(
     `floor`: source -> test accuracy below which the task is unfit.
     """
     if not isinstance(model, ScratchBert | PretrainedEncoder):
-        raise UserError("model", model.name, "does not read text, which task=sst2 gives", allowed="an encoder, as bert_tiny")
+        raise UserError(
+            "model", model.name, "does not read text, which task=sst2 gives", allowed="an encoder, as bert_tiny"
+        )
     for key, size in {"n_train": n_train, "n_val": n_val, "n_query": n_query}.items():
         require(size >= 1, f"task.{key}", size, "1 or more")
     source, pools, facts = _read(data, data_dir, n_train, n_val, n_query, seed)
     require(n_train <= len(pools["train"]), "task.n_train", n_train, f"at most {len(pools['train'])} ({source} data)")
     held = len(pools["held_out"])
-    require(n_val + n_query < held, "task.n_query", n_query, f"at most {held - n_val - 1} ({source} data, less val and test)")
+    require(
+        n_val + n_query < held,
+        "task.n_query",
+        n_query,
+        f"at most {held - n_val - 1} ({source} data, less val and test)",
+    )
 
     rng = np.random.default_rng(named_seed("sst2", seed))
     rows = {"train": pools["train"].select(rng.permutation(len(pools["train"]))[:n_train].tolist())}
     order = rng.permutation(held)
-    for name, part in zip(("val", "query", "test"), np.split(order, [n_val, n_val + n_query]), strict=True):
-        rows[name] = pools["held_out"].select(part.tolist())
+    for name, chosen in zip(("val", "query", "test"), np.split(order, [n_val, n_val + n_query]), strict=True):
+        rows[name] = pools["held_out"].select(chosen.tolist())
 
     train = rows["train"]
     labels, annotations = corruption.apply(train.ids, np.array(train.labels), 2, _bag_of_words(train.texts), seed)

@@ -53,7 +53,9 @@ class Detection:
             f"{name}_ap": lambda c: average_precision(positive, suspicion, c),
         }
         for share in self.inspected:
-            statistics[f"{name}_found{round(100 * share)}"] = lambda c, s=share: found_in_first(positive, suspicion, s, c)  # type: ignore[misc]
+            statistics[f"{name}_found{round(100 * share)}"] = lambda c, s=share: found_in_first(
+                positive, suspicion, s, c
+            )  # type: ignore[misc]
         return {
             key: Metric(f(None), np.array([f(c) for c in counts]), len(positive), truth, nan=nan)
             for key, f in statistics.items()

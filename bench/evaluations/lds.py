@@ -7,14 +7,14 @@ import numpy as np
 from bench.evaluations.base import Case, Metric, finite
 from bench.statistics import bootstrap_correlation, ceiling, spearman
 from tasks.base import Task, digest
-from tasks.training.plan import REGIMES, Plan, planned, random_subsets
 from tasks.errors import UserError
+from tasks.training.plan import REGIMES, Plan, planned, random_subsets
 
 
 @dataclass(frozen=True)
 class LDS:
-    """Retrain on S random subsets, `repeats` times each; predict a query's measurement by the sum of its scores over the
-    subset:  LDS = mean_q Spearman_s( Σ_{i ∈ S_s} score(q, i),  mean over repeats of m_s(q) ).
+    """Retrain on S random subsets, `repeats` times each; predict a query's measurement by the sum of its scores over
+    the subset:  LDS = mean_q Spearman_s( Σ_{i ∈ S_s} score(q, i),  mean over repeats of m_s(q) ).
 
     The ceiling is what a perfect method would reach against so noisy a truth; `fixed` has no noise and no ceiling.
     """

@@ -14,7 +14,7 @@ from tasks.training.plan import REGIMES, Plan, leave_one_out, planned, stratifie
 
 @dataclass(frozen=True)
 class LOO:
-    """effect(q, i) = [m(q) with i − m(q) with i's loss times `weight`] / (1 − weight), over all i or a stratified sample.
+    """effect(q, i) = [m(q) with i − m(q) with i's loss times `weight`] / (1 − weight), over all i or a sample.
 
     Mean over queries of the correlation over i of scores and effects; for calibrated methods also the slope of effects
     on scores, which is 1 for a small change of weight, and above 1 for removal (leverage).

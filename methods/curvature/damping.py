@@ -36,4 +36,6 @@ class Damping:
         return {name: self._strength(traces[name], sizes[name]) for name in traces}
 
     def _strength(self, trace: float, size: int) -> float:
-        return {"absolute": self.value, "mean_eigenvalue": self.value * trace / size, "trace": self.value * trace}[self.rule]
+        return {"absolute": self.value, "mean_eigenvalue": self.value * trace / size, "trace": self.value * trace}[
+            self.rule
+        ]

@@ -1,8 +1,8 @@
 """EK-FAC: Kronecker-factored eigenbases, re-estimated eigenvalues (George et al. 2018; Grosse et al. 2023, §2.2).
 
 For a block with inputs a (bias as last entry) and output derivatives d of the loss at *sampled* labels (true Fisher):
-    A = E[a aᵀ] = U_A diag U_Aᵀ,   S = E[d dᵀ] = U_S diag U_Sᵀ             over positions that are no padding, uncentred
-    Λ = (1/N) Σ_i (U_Sᵀ G_i U_A)²                                          G_i summed over positions before the square
+    A = E[a aᵀ] = U_A diag U_Aᵀ,   S = E[d dᵀ] = U_S diag U_Sᵀ,  over positions that are no padding, uncentred
+    Λ = (1/N) Σ_i (U_Sᵀ G_i U_A)²,  G_i summed over positions before the square
     (H + δI)⁻¹ V = U_S [ (U_Sᵀ V U_A) / (Λ + δ) ] U_Aᵀ
 Factors and eigenvalues use independent draws of labels. Embeddings are linear layers on one-hot inputs: A is diagonal, so
 U_A = I. LayerNorms have an exact dense Fisher block. Eigendecompositions in float64. Trace: Σ Λ = E‖G_i‖².
@@ -47,7 +47,7 @@ class EKFAC:
         for index, found in self._pseudo_gradients(problem, model, blocks, "eigenvalues"):
             problem.meter.gradients += len(index)
             for f in found:
-                eigenvalues[f.block.name] += bases[f.block.name].coordinates(f).double().square().sum(0).cpu()
+                eigenvalues[f.block.name] += bases[f.block.name].coordinates(f).square().sum(0).double().cpu()
         return FittedEKFAC(tuple(blocks), bases, {name: v / n for name, v in eigenvalues.items()})
 
     def _pseudo_gradients(self, problem: Problem, model: nn.Module, blocks: Sequence[Block], use: str):  # type: ignore[no-untyped-def]

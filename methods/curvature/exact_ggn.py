@@ -45,7 +45,9 @@ class ExactGGN:
                 hint="raise it, restrict method.modules=, or take method=ekfac",
             )
         primal = size <= columns
-        matrix = torch.zeros(size, size, dtype=torch.float64) if primal else torch.zeros(columns, size, dtype=torch.float64)
+        matrix = (
+            torch.zeros(size, size, dtype=torch.float64) if primal else torch.zeros(columns, size, dtype=torch.float64)
+        )
         done = 0
         for index, found in output_gradients(task, model, examples, blocks):
             rows = torch.cat([flat(column) for column in found])  # (R · B, P)

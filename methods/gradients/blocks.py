@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tasks.base import Examples, Task
 from tasks.errors import UserError
@@ -18,8 +19,8 @@ class Block:
     """One module's parameters as a matrix (out, in).
 
     linear     [W, b]: bias is the last column
-    embedding  Wᵀ (width, rows): a linear layer on one-hot inputs; `rows` are the ids that occur in the data at hand, all
-               other columns of a gradient are zero; the padding row is no parameter
+    embedding  Wᵀ (width, rows): a linear layer on one-hot inputs; `rows` are the ids that occur in the data at hand,
+               all other columns of a gradient are zero; the padding row is no parameter
     norm       [w; b] (2, width) of a LayerNorm
     """
 
@@ -55,11 +56,16 @@ def blocks_of(model: nn.Module, modules: Sequence[str] | None = None) -> list[Bl
         kind = KINDS.get(type(module))
         if kind is None:
             raise UserError(
-                "method.modules", name, f"is a {type(module).__name__}, which has no gradient rule", allowed="Linear, Embedding, LayerNorm"
+                "method.modules",
+                name,
+                f"is a {type(module).__name__}, which has no gradient rule",
+                allowed="Linear, Embedding, LayerNorm",
             )
         for key, parameter in own.items():
             if id(parameter) in owners:
-                raise UserError("method.modules", name, f"shares {key} with {owners[id(parameter)]}", hint="leave one out")
+                raise UserError(
+                    "method.modules", name, f"shares {key} with {owners[id(parameter)]}", hint="leave one out"
+                )
             owners[id(parameter)] = name
         found.append(_block(name, module, kind))
     if not found:
@@ -75,7 +81,7 @@ def _block(name: str, module: nn.Module, kind: str) -> Block:
         return Block(name, kind, (weight.shape[0], weight.shape[1] + bias), parameters, bias)
     if kind == "embedding":
         rows = torch.arange(len(weight))
-        if module.padding_idx is not None:  # type: ignore[union-attr]
+        if module.padding_idx is not None:
             rows = rows[rows != module.padding_idx]
         return Block(name, kind, (weight.shape[1], len(rows)), parameters, False, rows)
     return Block(name, kind, (1 + bias, weight.numel()), parameters, bias)
@@ -88,7 +94,7 @@ def with_rows_in_use(task: Task, model: nn.Module, blocks: Sequence[Block], data
     if not seen:
         return list(blocks)
 
-    def note(name: str) -> object:
+    def note(name: str) -> RemovableHandle:
         return model.get_submodule(name).register_forward_hook(lambda _, ids, __: seen[name].append(ids[0].unique()))
 
     handles = [note(name) for name in seen]
@@ -99,7 +105,7 @@ def with_rows_in_use(task: Task, model: nn.Module, blocks: Sequence[Block], data
                 task.outputs(model, examples.batch(index).to(device))
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
     cut = []
     for block in blocks:
         if block.kind == "embedding" and block.rows is not None:

@@ -89,8 +89,10 @@ def recording(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Iterat
             handle.remove()
 
 
-def factors(tape: Tape, model: nn.Module, blocks: Sequence[Block], of: Tensor, cotangent: Tensor | None) -> list[Factors]:
-    """Factors of d⟨of, cotangent⟩/d(block), example by example; `of` (B, ...) may be asked again with another cotangent."""
+def factors(
+    tape: Tape, model: nn.Module, blocks: Sequence[Block], of: Tensor, cotangent: Tensor | None
+) -> list[Factors]:
+    """Factors of d⟨of, cotangent⟩/d(block), example by example; `of` may be asked again with another cotangent."""
     uses = [(block, use) for block in blocks for use in tape.uses.get(block.name, [])]
     for block, (_, output, version) in uses:
         if output._version != version:
@@ -151,7 +153,7 @@ def gradients(
 def output_gradients(
     task: Task, model: nn.Module, examples: Examples, blocks: Sequence[Block], batch_size: int = BATCH
 ) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
-    """Columns of the GGN's root: for each column r of S (B, O, R), S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""
+    """The GGN's root by columns: for each r of S (B, O, R), S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""
     require_eval(model)
     parameter = next(model.parameters())
     for index in examples.batches(batch_size):

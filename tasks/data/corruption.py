@@ -68,6 +68,4 @@ def _cross_fitted(features: object, labels: np.ndarray) -> np.ndarray:
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    return cross_val_predict(
-        LogisticRegression(max_iter=1000), features, labels, cv=folds, method="predict_proba"
-    )
+    return cross_val_predict(LogisticRegression(max_iter=1000), features, labels, cv=folds, method="predict_proba")

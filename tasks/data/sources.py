@@ -43,7 +43,10 @@ def need_folder(data_dir: str | None, name: str) -> Path:
     folder = named_folder(data_dir, name)
     if folder is None:
         raise UserError(
-            "task.data", "folder", "needs a folder", hint=f"give task.data_dir=, or BENCH_DATA with a folder {name}/ in it"
+            "task.data",
+            "folder",
+            "needs a folder",
+            hint=f"give task.data_dir=, or BENCH_DATA with a folder {name}/ in it",
         )
     if not folder.is_dir():
         raise UserError("task.data_dir", str(folder), "is no folder")
@@ -72,7 +75,10 @@ def read_tsv(path: Path, text: str, label: str, labels: Sequence[str]) -> Labell
         cells = line.rstrip("\r").split("\t")
         if len(cells) != len(header):
             raise UserError(
-                "task.data_dir", f"{path}:{number}", f"has {len(cells)} columns", allowed=f"{len(header)}, as in the header"
+                "task.data_dir",
+                f"{path}:{number}",
+                f"has {len(cells)} columns",
+                allowed=f"{len(header)}, as in the header",
             )
         if cells[label_at] not in labels:
             raise UserError("task.data_dir", f"{path}:{number}", f"has label {cells[label_at]!r}", allowed=labels)
@@ -85,17 +91,20 @@ def read_tsv(path: Path, text: str, label: str, labels: Sequence[str]) -> Labell
 
 
 def hub_file(repository: str, name: str, revision: str) -> Path:
-    """A file of a data set at a pinned revision, from the local cache or the hub. Raises OSError where neither has it."""
+    """A file of a data set at a pinned revision, from the local cache or the hub. OSError where neither has it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    arguments = {"repo_id": repository, "filename": name, "repo_type": "dataset", "revision": revision}
+    def get(local: bool) -> Path:
+        found = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=local)
+        return Path(found)
+
     try:
-        return Path(hf_hub_download(**arguments, local_files_only=True))
+        return get(local=True)
     except LocalEntryNotFoundError:
         if not hub_reachable():
             raise
-        return Path(hf_hub_download(**arguments))
+        return get(local=False)
 
 
 def hub_reachable(seconds: float = 3.0) -> bool:

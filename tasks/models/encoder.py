@@ -1,4 +1,4 @@
-"""Text classifiers: a BERT from scratch with its own WordPiece vocabulary, or a pretrained encoder that is fine-tuned."""
+"""Text classifiers: a BERT from scratch with its own WordPiece vocabulary, or a pretrained encoder, fine-tuned."""
 
 import hashlib
 import json
@@ -112,7 +112,7 @@ def build_bert(
     """A randomly initialised BERT classifier. Attention is eager: it must stand double differentiation."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -147,7 +147,9 @@ class PretrainedEncoder:
 
         place = self.place()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place["name"], revision=place["revision"], trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                place["name"], revision=place["revision"], trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise self.unreachable(error) from error
         if tokenizer.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""How rows are trained: many models as one batch a thread, or one by one in a process a core. Never what a row means."""
+"""How rows are trained: many models as one batch, or one by one in a process a core. Never what a row means."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -51,8 +51,12 @@ class Executor:
         from joblib import Parallel, delayed
 
         # A stack's time is spent in kernels that leave the interpreter free: threads do, and start at once.
-        engine, backend = {"vectorised": (stacked, "threading"), "processes": (one_by_one, "loky")}[self.engine_for(task)]
-        parallel = Parallel(self.processes(), backend, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1)
+        engine, backend = {"vectorised": (stacked, "threading"), "processes": (one_by_one, "loky")}[
+            self.engine_for(task)
+        ]
+        parallel = Parallel(
+            self.processes(), backend, return_as="generator_unordered", pre_dispatch="2*n_jobs", batch_size=1
+        )
         yield from parallel(delayed(_unit)(engine, task, plan) for plan in units)
 
 

@@ -80,9 +80,7 @@ def _read(path: Path, seed: int) -> Trajectory | None:
     return Trajectory(
         seed=seed,
         initial=part("initial/"),
-        checkpoints=tuple(
-            Checkpoint(c["step"], part(f"{i}/"), c["path"]) for i, c in enumerate(facts["checkpoints"])
-        ),
+        checkpoints=tuple(Checkpoint(c["step"], part(f"{i}/"), c["path"]) for i, c in enumerate(facts["checkpoints"])),
         seconds=facts["seconds"],
         final_loss=facts["final_loss"],
     )

@@ -56,7 +56,10 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
     start = solve(origin, metric(origin), ones, total)[0][0]
     factor = metric(start)
     counts = counts.to(task.dtype)
-    found = [solve(start, factor, w, n) for w, n in zip(weights.to(task.dtype).split(chunk), counts.split(chunk), strict=True)]
+    found = [
+        solve(start, factor, w, n)
+        for w, n in zip(weights.to(task.dtype).split(chunk), counts.split(chunk), strict=True)
+    ]
     return unflatten(torch.cat([theta for theta, _ in found])), torch.cat([value for _, value in found])
 
 

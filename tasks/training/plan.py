@@ -91,7 +91,9 @@ def random_subsets(n: int, subsets: int, fraction: float, seed: int) -> Tensor:
         chosen = np.sort(rng.permutation(n)[:size])
         tries += 1
         if chosen.tobytes() in seen:
-            require(tries < 100 * subsets, "truth.lds.subsets", subsets, f"fewer: {n} examples have {len(seen)} subsets")
+            require(
+                tries < 100 * subsets, "truth.lds.subsets", subsets, f"fewer: {n} examples have {len(seen)} subsets"
+            )
             continue
         seen.add(chosen.tobytes())
         masks[row, chosen] = 1

@@ -1,6 +1,6 @@
 """Rows of truth, kept as they are made, shared by everyone who sees the folder.
 
-    <root>/<task key>/<sha256 of the content>.safetensors   a shard: rows of finished trainings, written aside and renamed
+    <root>/<task key>/<sha256 of the content>.safetensors   rows of finished trainings; renamed into place
     <root>/<task key>/builders/<id>.lock, <id>.claims       a living builder holds its lock; its claims are taken rows
 
 A row is named by what was trained (`Plan.keys`), a shard by its content, so that a damaged one is seen on reading. The
@@ -67,7 +67,9 @@ class Store:
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise UserError("out", str(self.folder), f"cannot be written ({error.strerror}); finished rows are kept") from error
+            raise UserError(
+                "out", str(self.folder), f"cannot be written ({error.strerror}); finished rows are kept"
+            ) from error
 
     @contextlib.contextmanager
     def builder(self) -> Iterator["Builder"]:
