@@ -31,8 +31,8 @@ from bench.records import Record
 from tasks.errors import UserError
 
 COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
-FIRST = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")
-FIRST = (*FIRST, "value_auc", "attribution_auc", "value_ap", "attribution_ap")  # then others, then LAST
+LDS_LOO = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")
+FIRST = (*LDS_LOO, "value_auc", "attribution_auc", "value_ap", "attribution_ap")  # then others, then LAST
 LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")
 MAIN = ("lds", *DETECTION, "loo_spearman", "loo_pearson")
