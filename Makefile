@@ -15,7 +15,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

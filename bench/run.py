@@ -26,6 +26,7 @@ from methods.base import Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
 from tasks.base import Task, Trajectory
 from tasks.errors import UserError
+from tasks.training.engines import Executor
 from tasks.training.explained import explained
 from tasks.training.retrain import VERSION as TRAINING_VERSION
 from tasks.training.train import load
@@ -50,7 +51,8 @@ def run(config: DictConfig) -> Outcome:
     torch.set_flush_denormal(True)
     out, name = Path(config.out), str(config.choice.method)
     task, method = build_task(config), build_method(config)
-    evaluations = build_evaluations(config, task)
+    evaluations, executor = build_evaluations(config, task), _instantiate(config.executor)
+    covered = coverage_of(task, method)
     identity = {
         "config": configuration.run_key(config),
         "data": task.fingerprint(),
@@ -59,7 +61,7 @@ def run(config: DictConfig) -> Outcome:
     }
     run_id = records.run_id(identity)
     if config.plan:
-        print(planned_work(task, evaluations, config.seed, out / "cache", instantiate(config.executor)))
+        print(planned_work(task, evaluations, config.seed, out / "cache", executor))
         return Outcome("ok", None, "planned only", task.name, False)
     known = records.find(out, task.name, name, run_id)
     if known is not None and not config.rerun:
@@ -81,13 +83,14 @@ def run(config: DictConfig) -> Outcome:
         "method_label": name,
         "seed": config.seed,
         "config": configuration.run_key(config),
+        "coverage": covered,
         "metrics": {},
         "fitness": {},
         "cost": {},
     }
     kept = Kept({}, {}, {})
     try:
-        _judge(config, task, method, evaluations, console, record, kept)
+        _judge(config, task, method, evaluations, executor, console, record, kept)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -113,6 +116,7 @@ def _judge(
     task: Task,
     method: Method,
     evaluations: dict[str, Evaluation],
+    executor: Executor,
     console: Console,
     record: dict[str, Any],
     kept: Kept,
@@ -139,7 +143,6 @@ def _judge(
     problem = Problem(
         task.public(), config.seed, lambda k: explained(task, config.seed, k, cache / "models"), config.device
     )
-    record["coverage"] = coverage_of(problem, method)
     peak = Peak()
     attribution, value = _scorers(problem, method, console, peak, kept)
     case = Case(
@@ -150,7 +153,7 @@ def _judge(
         value=value,
         calibrated=method.calibrated,
         store=cache / "truth",
-        executor=instantiate(config.executor),
+        executor=executor,
         progress=console.progress,
     )
     if not evaluations:
@@ -299,11 +302,11 @@ def unfit_reason(task: Task, facts: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def coverage_of(problem: Problem, method: Method) -> dict[str, object] | None:
-    """Which blocks a method that works by blocks covers."""
+def coverage_of(task: Task, method: Method) -> dict[str, object] | None:
+    """Which blocks a method that works by blocks covers; patterns that match none are refused here."""
     if not hasattr(method, "modules"):
         return None
-    model = problem.task.initial(0)
+    model = task.initial(0)
     return coverage(model, blocks_of(model, method.modules))
 
 

@@ -15,9 +15,9 @@ from tasks.base import Examples
 
 @dataclass(frozen=True)
 class TracIn(Method):
-    """score(q, i) = −(1/N) Σ_c η_c ∇m_c(q)ᵀ ∇ℓ_c(i)    (Pruthi et al. 2020, §3.2, TracInCP, for a measurement)
+    """score(q, i) = −(1/N) Σ_c η_c ∇m_c(q)ᵀ ∇ℓ_c(i)    (Pruthi et al. 2020, §3.2, TracInCP)
 
-    Over the checkpoints of the explained run; η_c sums the learning rates of the steps that end at checkpoint c, so that
+    Over the checkpoints of the explained run; η_c sums the learning rates of the steps that end at checkpoint c:
     (1/N) η_c is what example i moved in expectation. value(i) = −(1/N) Σ_c η_c ‖∇ℓ_c(i)‖². Momentum and Adam are left
     out, so only the order of the scores counts.
     """

@@ -1,11 +1,11 @@
 """EK-FAC: Kronecker-factored eigenbases, re-estimated eigenvalues (George et al. 2018; Grosse et al. 2023, §2.2).
 
 For a block with inputs a (bias as last entry) and output derivatives d of the loss at *sampled* labels (true Fisher):
-    A = E[a aᵀ] = U_A diag U_Aᵀ,   S = E[d dᵀ] = U_S diag U_Sᵀ,  over positions that are no padding, uncentred
+    A = E[a aᵀ] = U_A diag U_Aᵀ,   S = E[d dᵀ] = U_S diag U_Sᵀ,  over unpadded positions, uncentred
     Λ = (1/N) Σ_i (U_Sᵀ G_i U_A)²,  G_i summed over positions before the square
     (H + δI)⁻¹ V = U_S [ (U_Sᵀ V U_A) / (Λ + δ) ] U_Aᵀ
-Factors and eigenvalues use independent draws of labels. Embeddings are linear layers on one-hot inputs: A is diagonal, so
-U_A = I. LayerNorms have an exact dense Fisher block. Eigendecompositions in float64. Trace: Σ Λ = E‖G_i‖².
+Factors and eigenvalues use independent draws of labels. Embeddings are linear layers on one-hot inputs: A is diagonal,
+so U_A = I. LayerNorms have an exact dense Fisher block. Eigendecompositions in float64. Trace: Σ Λ = E‖G_i‖².
 """
 
 from collections.abc import Sequence

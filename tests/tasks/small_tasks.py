@@ -93,7 +93,9 @@ def tokens(name: str, rows: int, longest: int = 9, seed: int = 0) -> Examples:
 
 
 def token_task(rows: int = 23, dropout: float = 0.0, **changes: Any) -> Task:
-    splits = {name: tokens(name, size, seed=s) for s, (name, size) in enumerate({"train": rows, "val": 4, "query": 5}.items())}
+    splits = {
+        name: tokens(name, size, seed=s) for s, (name, size) in enumerate({"train": rows, "val": 4, "query": 5}.items())
+    }
     return Task(
         name="tokens",
         splits=splits,

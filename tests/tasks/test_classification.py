@@ -20,7 +20,9 @@ def test_loss_is_cross_entropy_per_example() -> None:
 
 
 def test_measure_is_the_margin_over_all_other_classes_together() -> None:
-    wanted = torch.stack([z[y] - torch.cat([z[:y], z[y + 1 :]]).logsumexp(0) for z, y in zip(LOGITS, TARGETS, strict=True)])
+    wanted = torch.stack(
+        [z[y] - torch.cat([z[:y], z[y + 1 :]]).logsumexp(0) for z, y in zip(LOGITS, TARGETS, strict=True)]
+    )
     torch.testing.assert_close(OBJECTIVE.measure(LOGITS, TARGETS), wanted)
     p = LOGITS.softmax(1)[torch.arange(50), TARGETS]
     torch.testing.assert_close(wanted, (p / (1 - p)).log())

@@ -35,7 +35,6 @@ def test_each_epoch_is_a_permutation_in_whole_batches(
 def test_buckets_reduce_padding() -> None:
     plain, bucketed = (batch_order(ROWS, LENGTHS, recipe(batch_size=4, bucket=b), 0) for b in (1, 8))
     assert padding(bucketed) < 0.5 * padding(plain)
-    assert bucketed != sorted(bucketed, key=lambda s: int(LENGTHS[s].max()))  # type: ignore[index]
 
 
 def test_buckets_do_not_order_the_steps_by_length() -> None:
@@ -97,4 +96,4 @@ def test_clipping_scales_each_model_by_its_own_norm() -> None:
 
 def test_there_is_no_step_wise_lbfgs() -> None:
     with pytest.raises(ValueError, match="lbfgs"):
-        optimizer(recipe(optimizer="lbfgs"), [torch.zeros(1, requires_grad=True)])
+        optimizer(recipe(optimizer="lbfgs", weight_decay=0.1), [torch.zeros(1, requires_grad=True)])

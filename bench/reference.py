@@ -1,0 +1,59 @@
+"""Keeps the slim part of records (no score files) in results/reference, with the tables and figures made from them.
+
+    python -m bench.reference out=results [to=results/reference] [task=sst2]
+
+What is kept is enough to rebuild every table: record.json, config.yaml and the bootstrap replicates.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import figures, records, tables
+from tasks.errors import UserError
+
+KEPT = ("record.json", "config.yaml", "replicates.safetensors")
+
+
+def keep(out: Path, to: Path, tasks: Sequence[str] | None = None) -> list[Path]:
+    """Copies the slim records of `out` to `to` and writes the tables and figures of all that `to` then holds."""
+    for record, folder in records.read_all(out, tasks):
+        target = records.folder(to, record)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / name)
+    return write_tables(to)
+
+
+def write_tables(to: Path) -> list[Path]:
+    """Every table and figure of the records that `to` holds."""
+    written: list[Path] = []
+    for table in tables.tables(tables.load(to)):
+        written += tables.write(table, to / "tables")
+        written += figures.quality_against_seconds(table, to / "tables" / f"{table.name}.png")
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = {"out": "results", "to": "results/reference", "task": ""}
+    try:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            key, equals, value = argument.partition("=")
+            if not equals or key not in options:
+                raise UserError(key, value or None, "is no key", allowed=[f"{k}=" for k in options])
+            options[key] = value
+        if not (Path(options["out"]) / "runs").is_dir():
+            raise UserError("out", options["out"], "holds no runs")
+        tasks = options["task"].split(",") if options["task"] else None
+        for path in keep(Path(options["out"]), Path(options["to"]), tasks):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

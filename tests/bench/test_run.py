@@ -1,0 +1,243 @@
+"""End to end: methods on tasks, through the program, down to records and tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig
+
+from bench import config as configuration
+from bench import records, tables
+from bench.run import build_task, report, run
+from tasks.errors import UserError
+
+SMALL = ["task.n_train=120", "task.n_val=20", "task.n_query=12", "truth.lds.subsets=6", "truth.loo.sample=10"]
+DIGITS = ["task=digits", *SMALL, "model.recipe.epochs=15", "model.recipe.batch_size=10"]
+SENTIMENT = [
+    "task=sst2",
+    "task.data=generated",
+    *SMALL,
+    "model.recipe.epochs=1",
+    "model.width=16",
+    "model.intermediate=16",
+]
+
+
+def compose(out: Path, *overrides: str) -> DictConfig:
+    return configuration.compose([*overrides, f"out={out}"])
+
+
+@pytest.fixture(scope="module")
+def digits_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def sentiment_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sentiment")
+
+
+METHODS = [m for m in configuration.choices("method") if m not in ("custom",)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_digits(method: str, digits_out: Path) -> None:
+    evaluation = "evaluation=[lds,loo,detection]"
+    outcome = run(compose(digits_out, *DIGITS, f"method={method}", evaluation, "task.corruption.rate=0.1"))
+    expected = "unsupported" if method == "tfidf" else "ok"
+    assert outcome.status in (expected, "unfit"), outcome.reason
+    assert outcome.folder is not None
+    record = records.read(Path(outcome.folder))
+    if outcome.status == "unsupported":
+        assert "texts" in record["reason"] and record["metrics"] == {}
+        return
+    for name, metric in record["metrics"].items():
+        assert metric["value"] is not None, name
+        assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"] or metric["nan"], name
+    scores, ids = records.read_scores(Path(outcome.folder))
+    assert all(np.isfinite(s).all() for s in scores.values())
+    for name, array in scores.items():
+        assert array.shape[-1] == len(ids["train"]) == 120, name
+
+
+@pytest.mark.parametrize("method", ["ekfac", "tfidf", "tracin", "loss"])
+def test_methods_on_sentiment(method: str, sentiment_out: Path) -> None:
+    outcome = run(compose(sentiment_out, *SENTIMENT, f"method={method}"))
+    assert outcome.status in ("ok", "unfit"), outcome.reason
+    record = records.read(Path(str(outcome.folder)))
+    assert record["data"]["source"] == "generated"
+    assert record["metrics"]["base_rate"]["value"] == pytest.approx(0.1)
+    assert ("lds" in record["metrics"]) == (method != "loss")
+    assert record["cost"]["trainings"] == (0 if method == "tfidf" else 1)
+
+
+def test_an_equal_run_is_found_and_a_forced_one_gives_the_same(tmp_path: Path) -> None:
+    settings = [*DIGITS, "method=graddot", "evaluation=[lds]"]
+    first = run(compose(tmp_path, *settings))
+    before = records.read(Path(str(first.folder)))
+    again = run(compose(tmp_path, *settings))
+    assert again.found and again.folder == first.folder
+    forced = run(compose(tmp_path, *settings, "rerun=true"))
+    after = records.read(Path(str(forced.folder)))
+    assert not forced.found and after["metrics"] == before["metrics"]
+
+
+def test_what_decides_the_numbers_enters_the_run_id(tmp_path: Path) -> None:
+    folders = {
+        run(compose(tmp_path, *DIGITS, "method=random", "evaluation=[]", extra)).folder
+        for extra in (
+            "seed=0",
+            "seed=1",
+            "task.seed=1",
+            "model.recipe.lr=0.05",
+            "task.n_train=110",
+            "task.corruption.rate=0.1",
+        )
+    }
+    assert len(folders) == 6
+
+
+def test_no_evaluation_gives_scores_and_trains_one_model(tmp_path: Path) -> None:
+    outcome = run(compose(tmp_path, *DIGITS, "method=graddot", "evaluation=[]"))
+    record = records.read(Path(str(outcome.folder)))
+    assert outcome.status == "ok" and record["metrics"] == {}
+    assert not (tmp_path / "cache" / "truth").exists()
+    assert set(records.read_scores(Path(str(outcome.folder)))[0]) == {"attribution/query", "value"}
+
+
+def test_a_plan_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run(compose(tmp_path, *DIGITS, "plan=true"))
+    said = capsys.readouterr().out
+    assert outcome.folder is None and "12 retrainings" in said and "explained model" in said
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_failing_method_is_a_record_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.baselines.Random.attribute", lambda *_: 1 / 0)
+    outcome = run(compose(tmp_path, *DIGITS, "method=random", "evaluation=[lds]"))
+    assert outcome.status == "failed" and "ZeroDivisionError" in str(outcome.reason)
+    assert records.read(Path(str(outcome.folder)))["reason"] == outcome.reason
+    monkeypatch.undo()
+    assert run(compose(tmp_path, *DIGITS, "method=random", "evaluation=[lds]")).status == "ok"  # not "found"
+
+
+def test_a_diverged_training_is_a_record(tmp_path: Path) -> None:
+    settings = [*DIGITS, "method=graddot", "model.recipe.lr=1e200", "evaluation=[lds]"]
+    outcome = run(compose(tmp_path, *settings))
+    assert outcome.status == "diverged" and outcome.folder is not None
+
+
+def test_an_unfit_task_says_why(tmp_path: Path) -> None:
+    outcome = run(
+        compose(tmp_path, *DIGITS, "method=random", "model.recipe.epochs=1", "model.recipe.lr=1e-6", "evaluation=[lds]")
+    )
+    assert outcome.status == "unfit" and "below its floor 0.8" in str(outcome.reason)
+
+
+def test_random_scores_have_no_agreement_and_loo_of_the_exact_method_has(tmp_path: Path) -> None:
+    settings = [
+        "task=digits",
+        "model=logreg",
+        "task.n_train=150",
+        "task.n_query=20",
+        "evaluation=[lds,loo]",
+        "method.damping.value=0",
+    ]
+    exact = records.read(Path(str(run(compose(tmp_path, *settings, "method=exact_ggn")).folder)))["metrics"]
+    chance = records.read(Path(str(run(compose(tmp_path, *settings[:-1], "method=random")).folder)))["metrics"]
+    assert exact["loo_pearson"]["value"] > 0.95 and exact["lds"]["value"] > 0.8 * exact["lds"]["ceiling"]
+    assert exact["loo_slope"]["value"] > 1  # leverage
+    assert chance["lds"]["low"] < 0 < chance["lds"]["high"] and abs(chance["loo_pearson"]["value"]) < 0.1
+
+
+def test_a_small_change_of_weight_is_what_the_exact_method_says(tmp_path: Path) -> None:
+    """The test of scale and sign, end to end: weight .98 instead of 0, slope within 2 % of 1."""
+    settings = [
+        "task=digits",
+        "model=logreg",
+        "task.n_train=150",
+        "task.n_query=20",
+        "evaluation=[loo]",
+        "truth.loo.weight=0.98",
+    ]
+    outcome = run(compose(tmp_path, *settings, "method=exact_ggn", "method.damping.value=0"))
+    metrics = records.read(Path(str(outcome.folder)))["metrics"]
+    assert metrics["loo_slope"]["value"] == pytest.approx(1, abs=0.02)
+    assert metrics["loo_pearson"]["value"] > 0.999
+
+
+def test_a_report_shows_the_table_of_its_runs_and_where_they_lie(tmp_path: Path) -> None:
+    settings = [*DIGITS, "evaluation=[lds]"]
+    outcomes = [run(compose(tmp_path, *settings, f"method={m}")) for m in ("random", "graddot", "tfidf")]
+    shown = tables.tables(tables.load(tmp_path))
+    assert len(shown) == 1 and {row.label for row in shown[0].rows} == {"random", "graddot", "tfidf"}
+    text = report(tmp_path, outcomes)
+    assert all(str(outcome.folder) in text for outcome in outcomes)
+    assert "graddot" in text and "unsupported" in text and list((tmp_path / "tables").glob("*.png"))
+
+
+BAD = {
+    "task.corruption.rate=1.5": "task.corruption.rate=1.5 is not possible; allowed: 0 <= rate < 1",
+    "task.corruption.kind=funny": "allowed: uniform, one_class, hard",
+    "task.n_train=99999": "at most 1496",
+    "truth.lds.fraction=1.5": "truth.lds.fraction=1.5",
+    "truth.lds.subsets=1": "truth.lds.subsets=1",
+    "truth.lds.regime=sometimes": "allowed: fixed, common, fresh",
+    "executor.engine=warp": "allowed: auto, vectorised, processes",
+    "method.damping.rule=none": "allowed: absolute, mean_eigenvalue, trace",
+    "method.modules=[nothing]": "matches no module",
+    "model=bert_tiny": "does not read text",
+    "evaluation=[lsd]": "evaluation=lsd is unknown; allowed: lds, loo, detection",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_values_are_one_line_and_leave_nothing(override: str, tmp_path: Path) -> None:
+    settings = ["task=digits", "method=ekfac"]
+    with pytest.raises(UserError) as caught:
+        run(compose(tmp_path / "out", *settings, override))
+    line = str(caught.value)
+    expected = BAD[override].replace("does not read text", "does not read vectors")
+    assert expected in line, line
+    assert "\n" not in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["task=sst2", "task.data=folder", "task.data_dir=nowhere"], "task.data_dir=nowhere is no folder"),
+        (["task=sst2", "task.data=hub"], "task.data=hub is not at hand"),
+        (["task=sst2", "task.data=generated", "model=bert_base"], "model=bert_base is not at hand"),
+        (["task=digits", "task.n_train=2000"], "task.n_train=2000"),
+    ],
+)
+def test_the_program_exits_with_2_and_one_line(overrides: list[str], said: str, tmp_path: Path) -> None:
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hub"),
+        "OMP_NUM_THREADS": "1",
+    }
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *overrides],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert not [p for p in tmp_path.iterdir() if p.name != "hub"]
+
+
+def test_annotations_never_reach_a_method(tmp_path: Path) -> None:
+    task = build_task(compose(tmp_path, *SENTIMENT))
+    assert task.annotations is not None and len(task.annotations.flipped) == 12 and task.facts
+    public = task.public()
+    assert public.annotations is None and not public.facts
+    assert "flipped" not in json.dumps(public.identity)

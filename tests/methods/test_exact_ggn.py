@@ -1,0 +1,258 @@
+"""The exact Gauss-Newton matrix: primal, dual and a dense solve are one."""
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    GAMMA,
+    bert,
+    blocked,
+    close,
+    draw,
+    exact_scores,
+    explained,
+    far,
+    ggn,
+    logistic,
+    per_example,
+    problem_of,
+    three_classes,
+    vector_task,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from methods.base import Problem
+from methods.curvature.damping import Damping
+from methods.curvature.exact_ggn import ExactGGN, FittedGGN
+from methods.curvature.identity import Identity
+from methods.gradients.blocks import blocks_of
+from methods.gradients.per_example import gradients
+from methods.influence import Influence
+from tasks.errors import UserError
+
+EXACT = ExactGGN(memory_gib=1.0)
+
+
+def absolute(value: float) -> Damping:
+    return Damping("absolute", value, "global")
+
+
+def fitted(problem: Problem) -> FittedGGN:
+    model = problem.model()
+    return EXACT.fit(problem, model, blocks_of(model))
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_equal_a_dense_solve(name: str, damping: float) -> None:
+    task = CASES[name]()
+    queries = task.splits["query"]
+    expected = exact_scores(problem_of(task), queries, GAMMA + damping)
+    assert close(Influence(EXACT, absolute(damping)).attribute(problem_of(task), queries), expected)
+    # Neither no curvature at all, however it is scaled, nor a forgotten L2 term may pass.
+    identity = Influence(Identity(), absolute(damping)).attribute(problem_of(task), queries)
+    scale = (identity * expected).sum() / (identity * identity).sum()
+    if len(task.train) > 1:
+        assert far(scale * identity, expected)
+    assert far(identity, expected)
+    forgotten = exact_scores(problem_of(task), queries, damping)
+    assert not close(forgotten, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("rows", "primal"), [(6, False), (40, True)])
+def test_both_forms_are_the_same_matrix(rows: int, primal: bool) -> None:
+    """35 parameters against 12 or 80 columns."""
+    task = vector_task([4, 4, 3], rows=rows)
+    problem = problem_of(task)
+    found = fitted(problem)
+    assert (found.root is None) is primal
+    model = explained(problem)
+    expected = exact_scores(problem, task.splits["query"], GAMMA + 0.01)
+    assert close(Influence(EXACT, absolute(0.01)).attribute(problem, task.splits["query"]), expected)
+    # The trace, from which relative damping is made, is that of G in both forms.
+    assert found.gram.trace().item() == pytest.approx(ggn(model, task.train).trace().item(), rel=1e-12)
+    assert found.gram.shape == ((35, 35) if primal else (2 * rows, 2 * rows))
+
+
+def test_duplicated_data_gives_the_same_matrix_in_the_other_form() -> None:
+    """N copies of the data leave G as it is, but make the dual system primal."""
+    task = vector_task([4, 4, 3], rows=6)
+    train = task.train.select(list(range(6)) * 1)
+    five = type(train)(
+        tuple(f"{i}-{c}" for c in range(5) for i in train.ids),
+        {"x": train.inputs["x"].repeat(5, 1)},
+        train.targets.repeat(5),
+    )
+    from dataclasses import replace
+
+    small, large = problem_of(task), problem_of(replace(task, splits={**task.splits, "train": five}))
+    dual, primal = fitted(small), fitted(large)
+    assert dual.root is not None and primal.root is None
+    rhs = {b.name: torch.randn(3, *b.shape, generator=draw(1), dtype=torch.float64) for b in dual.blocks}
+    left, right = dual.solve(rhs, absolute(1e-3), GAMMA), primal.solve(rhs, absolute(1e-3), GAMMA)
+    assert left.keys() == right.keys() == rhs.keys()
+    for name in left:
+        assert close(left[name], right[name])
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_the_solution_solves_the_system(rows: int) -> None:
+    task = vector_task([4, 4, 3], rows=rows)
+    problem = problem_of(task)
+    found, model = fitted(problem), explained(problem)
+    rhs = {b.name: torch.randn(2, *b.shape, generator=draw(1), dtype=torch.float64) for b in found.blocks}
+    solved = found.solve(rhs, absolute(0.02), GAMMA)
+    # (B, P) in the order of the blocks; a row of parameters at a time gives G in the same order.
+    whole = [blocked(model, per_example(model, task.train, lambda z, y, c=c: z[:, c])) for c in range(3)]
+    j = torch.stack([torch.cat([w[n].flatten(1) for n in rhs], 1) for w in whole], 1)
+    p = model(task.train.inputs["x"]).detach().softmax(1)
+    h = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    matrix = (j.transpose(1, 2) @ h @ j).mean(0) + (GAMMA + 0.02) * torch.eye(35, dtype=torch.float64)
+    x = torch.cat([v.flatten(1) for v in solved.values()], 1)
+    b = torch.cat([v.flatten(1) for v in rhs.values()], 1)
+    assert close(x @ matrix, b)
+    assert far(b @ matrix, b)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    features=st.integers(1, 4),
+    hidden=st.integers(0, 3),
+    classes=st.integers(2, 4),
+    seed=st.integers(0, 99),
+)
+def test_any_small_problem(rows: int, features: int, hidden: int, classes: int, seed: int) -> None:
+    widths = [features, hidden, classes] if hidden else [features, classes]
+    task = vector_task(widths, rows=rows, queries=2, seed=seed)
+    problem = problem_of(task)
+    expected = exact_scores(problem, task.splits["query"], GAMMA + 0.05)
+    found = Influence(EXACT, absolute(0.05)).attribute(problem, task.splits["query"])
+    assert close(found, expected)
+
+
+def test_a_sweep_of_damping_fits_once_and_equals_fresh_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, fits, original = three_classes(), [], ExactGGN.fit
+
+    def counting(self: ExactGGN, *arguments: object) -> FittedGGN:
+        fits.append(self)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ExactGGN, "fit", counting)
+    problem, queries = problem_of(task), task.splits["query"]
+    values = [1e-3, 10.0, 0.1, 1e-3]
+    swept = [Influence(EXACT, absolute(v)).attribute(problem, queries) for v in values]
+    assert len(fits) == 1
+    for value, scores in zip(values, swept, strict=True):
+        assert close(scores, Influence(EXACT, absolute(value)).attribute(problem_of(task), queries), 1e-14)
+    assert len(fits) == 5
+    assert far(swept[0], swept[1]) and far(swept[2], swept[1])
+    assert torch.equal(swept[0], swept[3])
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_solving_changes_nothing(rows: int) -> None:
+    problem = problem_of(vector_task([4, 4, 3], rows=rows))
+    found = fitted(problem)
+    rhs = {b.name: torch.randn(2, *b.shape, generator=draw(1), dtype=torch.float64) for b in found.blocks}
+    before = {n: v.clone() for n, v in rhs.items()}
+    gram, root = found.gram.clone(), None if found.root is None else found.root.clone()
+    first = found.solve(rhs, absolute(0.1), GAMMA)
+    found.solve(rhs, absolute(3.0), GAMMA)
+    again = found.solve(rhs, absolute(0.1), GAMMA)
+    for name in rhs:
+        assert torch.equal(rhs[name], before[name])
+        assert torch.equal(first[name], again[name])
+    assert torch.equal(found.gram, gram)
+    assert found.root is None or (root is not None and torch.equal(found.root, root))
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_coordinates_agree_with_solve(rows: int) -> None:
+    """⟨coordinates(g), precondition(coordinates(v))⟩ = ⟨g, solve(v)⟩."""
+    task = vector_task([4, 4, 3], rows=rows)
+    problem = problem_of(task)
+    model, found = problem.model(), fitted(problem)
+    for _, g in gradients(task, model, task.train, found.blocks, task.objective.loss):
+        dense = {f.block.name: f.dense() for f in g}
+        inside = found.precondition(found.coordinates(g), absolute(0.1), GAMMA)
+        left = sum(found.coordinates(g)[n].flatten(1) @ inside[n].flatten(1).T for n in dense)
+        solved = found.solve(dense, absolute(0.1), GAMMA)
+        right = sum(dense[n].flatten(1) @ solved[n].flatten(1).T for n in dense)
+        assert close(left, right)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rule", "strength"),
+    [
+        ("absolute", lambda trace, size: 0.2),
+        ("mean_eigenvalue", lambda t, s: 0.2 * t / s),
+        ("trace", lambda t, s: 0.2 * t),
+    ],
+)
+def test_relative_damping_is_of_the_whole_matrix(rule: str, strength: object) -> None:
+    task = three_classes()
+    problem, queries = problem_of(task), task.splits["query"]
+    matrix = ggn(explained(problem), task.train)
+    delta = GAMMA + strength(matrix.trace().item(), len(matrix))  # type: ignore[operator]
+    expected = exact_scores(problem, queries, delta, matrix)
+    for scope in ("block", "global"):  # one matrix is one block
+        assert close(Influence(EXACT, Damping(rule, 0.2, scope)).attribute(problem, queries), expected)
+
+
+@pytest.mark.parametrize("name", ["three_classes", "identical", "logistic"])
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_a_singular_system_is_refused(name: str, value: float) -> None:
+    """γ = λ = 0, or so near 0 that it drowns: softmax is blind to a shift of all logits, so G has no inverse."""
+    from dataclasses import replace
+
+    task = CASES[name]()
+    task = replace(task, recipe=replace(task.recipe, weight_decay=0.0))
+    with pytest.raises(UserError, match=r"method\.damping\.value"):
+        Influence(EXACT, absolute(value)).attribute(problem_of(task), task.splits["query"])
+
+
+def test_the_l2_of_the_objective_is_enough_to_invert() -> None:
+    task = three_classes()
+    found = Influence(EXACT, absolute(0.0)).attribute(problem_of(task), task.splits["query"])
+    assert close(found, exact_scores(problem_of(task), task.splits["query"], GAMMA))
+
+
+def test_decoupled_decay_is_no_curvature() -> None:
+    from dataclasses import replace
+
+    task = three_classes()
+    task = replace(task, recipe=replace(task.recipe, optimizer="adamw", decay="decoupled"))
+    found = Influence(EXACT, absolute(0.05)).attribute(problem_of(task), task.splits["query"])
+    assert close(found, exact_scores(problem_of(task), task.splits["query"], 0.05))
+    assert far(found, exact_scores(problem_of(task), task.splits["query"], 0.05 + GAMMA))
+
+
+def test_too_little_memory_is_refused_before_any_gradient() -> None:
+    problem = problem_of(bert())
+    with pytest.raises(UserError, match=r"method\.curvature\.memory_gib=1e-09.*modules"):
+        Influence(ExactGGN(1e-9), absolute(0.1)).attribute(problem, problem.task.splits["query"])
+    assert problem.meter.gradients == 0
+    # What is restricted to fewer parameters needs less: 10 · 10 · 8 bytes.
+    enough = ExactGGN(801 / 2**30)
+    assert Influence(enough, absolute(0.1), modules=("head",)).attribute(problem, problem.task.splits["query"]).any()
+
+
+def test_a_float32_task_is_solved_in_float64() -> None:
+    from dataclasses import replace
+
+    task = logistic()
+    splits = {name: replace(s, inputs={"x": s.inputs["x"].float().double()}) for name, s in task.splits.items()}
+    double = replace(task, splits=splits)
+    single = replace(
+        task,
+        splits={name: replace(s, inputs={"x": s.inputs["x"].float()}) for name, s in task.splits.items()},
+        dtype=torch.float32,
+    )
+    problem = problem_of(single)
+    weights = {n: p.double() for n, p in problem.trajectory().final.items()}
+    same = problem_of(double)
+    same.trajectory().final.update(weights)
+    found = Influence(EXACT, absolute(1e-4)).attribute(problem, single.splits["query"])
+    assert close(found, exact_scores(same, double.splits["query"], GAMMA + 1e-4))
