@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Problem, require_eval
-from methods.curvature.base import dense
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import gradients
-from methods.influence import norms
+from methods.gradients.per_example import gradients, norms, plain
 from tasks.base import Examples
 
 
@@ -55,7 +53,7 @@ class GradNorm(Method):
         values = torch.empty(len(problem.train), dtype=torch.float64)
         for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
             problem.meter.gradients += len(index)
-            values[index] = -norms(dense(found)).double().cpu()
+            values[index] = -norms(plain(found)).double().cpu()
         return values
 
 

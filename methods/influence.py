@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Method, Problem, Unsupported
-from methods.curvature.base import Blocked, Curvature, Fitted
+from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import Block, blocks_of, with_rows_in_use
-from methods.gradients.per_example import gradients
+from methods.gradients.per_example import Gradient, collected, gradients, inner, norms, sum_of_products
 from tasks.base import Examples
 from tasks.errors import UserError
 
@@ -55,7 +55,9 @@ class Influence(Method):
         scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
         size = sum(b.size for b in blocks) * next(model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
-            measured = self._measured(problem, model, blocks, fitted, queries.select(rows))
+            problem.meter.gradients += len(rows)
+            asked = queries.select(rows)
+            measured = collected(task, model, asked, blocks, task.objective.measure, fitted.coordinates)
             lengths = norms(measured).double().cpu()
             measured = fitted.precondition(measured, self.damping, task.recipe.l2)
             for index, found in gradients(task, model, problem.train, blocks, task.objective.loss):
@@ -80,7 +82,11 @@ class Influence(Method):
             problem.meter.gradients += len(index)
             g = fitted.coordinates(found)
             solved = fitted.precondition(g, self.damping, task.recipe.l2)
-            values[index] = -sum_of_products(solved, g).double().cpu() / len(problem.train)
+            shared = [
+                Gradient(b.block, b.of(a.values), b.columns) if a.columns is None else a
+                for a, b in zip(solved, g, strict=True)
+            ]
+            values[index] = -sum_of_products(shared, g).double().cpu() / len(problem.train)
         return values
 
     def _model(self, problem: Problem) -> nn.Module:
@@ -94,30 +100,3 @@ class Influence(Method):
     def _fitted(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
         # Blocks compare by identity: a fit belongs to the very blocks that it was made for.
         return problem.once((self.curvature, tuple(blocks)), lambda: self.curvature.fit(problem, model, blocks))
-
-    def _measured(
-        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], fitted: Fitted, queries: Examples
-    ) -> Blocked:
-        """∇m of the queries, in the curvature's coordinates."""
-        dtype = next(model.parameters()).dtype
-        measured = {b.name: torch.empty(len(queries), *b.shape, dtype=dtype, device=problem.device) for b in blocks}
-        for index, found in gradients(problem.task, model, queries, blocks, problem.task.objective.measure):
-            problem.meter.gradients += len(index)
-            for name, g in fitted.coordinates(found).items():
-                measured[name][index] = g
-        return measured
-
-
-def inner(left: Blocked, right: Blocked) -> Tensor:
-    """⟨l_q, r_i⟩ over all blocks, (Q, B)."""
-    return torch.stack([left[name].flatten(1) @ right[name].flatten(1).T for name in left]).sum(0)
-
-
-def sum_of_products(left: Blocked, right: Blocked) -> Tensor:
-    """⟨l_i, r_i⟩ over all blocks, (B,)."""
-    return torch.stack([(left[name] * right[name]).flatten(1).sum(1) for name in left]).sum(0)
-
-
-def norms(gradient: Blocked) -> Tensor:
-    """‖g_i‖ over all blocks, (B,)."""
-    return sum_of_products(gradient, gradient).sqrt()

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Problem
-from methods.curvature.base import dense
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import gradients
-from methods.influence import inner, sum_of_products
+from methods.gradients.per_example import collected, gradients, inner, plain, sum_of_products
 from tasks.base import Examples
 
 
@@ -30,14 +28,11 @@ class TracIn(Method):
         for checkpoint in problem.trajectory().checkpoints:
             model = problem.model(checkpoint.parameters)
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
-            measured = {b.name: torch.empty(len(queries), *b.shape, dtype=problem.task.dtype) for b in blocks}
-            for index, found in gradients(problem.task, model, queries, blocks, problem.task.objective.measure):
-                problem.meter.gradients += len(index)
-                for name, g in dense(found).items():
-                    measured[name][index] = g
+            measured = collected(problem.task, model, queries, blocks, problem.task.objective.measure)
+            problem.meter.gradients += len(queries)
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                scores[:, index] -= checkpoint.path * inner(measured, dense(found)).double() / len(problem.train)
+                scores[:, index] -= checkpoint.path * inner(measured, plain(found)).double() / len(problem.train)
         return scores
 
     def value(self, problem: Problem) -> Tensor:
@@ -47,6 +42,6 @@ class TracIn(Method):
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                g = dense(found)
+                g = plain(found)
                 values[index] -= checkpoint.path * sum_of_products(g, g).double() / len(problem.train)
         return values

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors
-
-Blocked = dict[str, Tensor]  # block name -> (R, out, in), R right-hand sides
+from methods.gradients.per_example import Factors, Gradient
+from tasks.errors import UserError
 
 
 class Fitted(Protocol):
@@ -21,14 +20,12 @@ class Fitted(Protocol):
     gᵀ (H + δI)⁻¹ v = ⟨Uᵀg, precondition(Uᵀv)⟩, so scores never need to leave them. What is handed in stays as it is.
     """
 
-    def coordinates(self, found: Sequence[Factors]) -> Blocked:
-        """Uᵀg of per-example gradients, {block: (B, out, in)}."""
+    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
+        """Uᵀg of per-example gradients, a block each."""
 
-    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
-        """Uᵀ (H + γI + λI)⁻¹ U of what is in coordinates; γ = `l2`, λ by `damping`."""
-
-    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
-        """(H + γI + λI)⁻¹ rhs for dense blocks {block: (R, out, in)}."""
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        """Uᵀ (H + γI + λI)⁻¹ U of what is in coordinates; γ = `l2`, λ by `damping`. Where H couples no columns, the
+        columns stay as they are; else all are given."""
 
 
 class Curvature(Protocol):
@@ -40,15 +37,8 @@ class Curvature(Protocol):
         """From the whole training set."""
 
 
-def dense(found: Sequence[Factors]) -> Blocked:
-    """Per-example gradients as they are."""
-    return {f.block.name: f.dense() for f in found}
-
-
 def positive(strength: float, smallest: float, what: str) -> float:
     """The number that is added to eigenvalues; refuses a singular system by name."""
-    from tasks.errors import UserError
-
     if strength + smallest <= 0:
         raise UserError("method.damping.value", 0, f"leaves {what} singular", allowed="above 0")
     return strength

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Problem
-from methods.curvature.base import Blocked, positive
+from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, gradients
+from methods.gradients.per_example import Factors, Gradient, gradients
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class EKFAC:
         for index, found in self._pseudo_gradients(problem, model, blocks, "eigenvalues"):
             problem.meter.gradients += len(index)
             for f in found:
-                eigenvalues[f.block.name] += bases[f.block.name].coordinates(f).square().sum(0).double().cpu()
+                g = bases[f.block.name].coordinates(f)
+                columns = slice(None) if g.columns is None else g.columns.cpu()
+                eigenvalues[f.block.name][:, columns] += g.values.square().sum(0).double().cpu()
         return FittedEKFAC(tuple(blocks), bases, {name: v / n for name, v in eigenvalues.items()})
 
     def _pseudo_gradients(self, problem: Problem, model: nn.Module, blocks: Sequence[Block], use: str):  # type: ignore[no-untyped-def]
@@ -73,7 +75,7 @@ class _Covariance:
 
     def add(self, f: Factors) -> None:
         if self.block.kind == "norm":
-            g = f.dense().flatten(1).double().cpu()
+            g = f.gradient().values.flatten(1).double().cpu()
             self.outputs += g.T @ g
             return
         keep = f.mask.flatten() > 0
@@ -97,29 +99,14 @@ class Basis:
     right: Tensor | None
     whole: bool
 
-    def rotate(self, g: Tensor) -> Tensor:
-        """U_Sᵀ G U_A, (R, out, in)."""
-        left = self.left.to(g.device, g.dtype)
-        if self.whole:
-            return (g.flatten(1) @ left).view_as(g)
-        g = left.T @ g
-        return g if self.right is None else g @ self.right.to(g.device, g.dtype)
-
-    def coordinates(self, f: Factors) -> Tensor:
+    def coordinates(self, f: Factors) -> Gradient:
         """U_Sᵀ G U_A of per-example gradients: the factors are rotated, which is far cheaper than their products."""
+        left = self.left.to(f.outputs.device, f.outputs.dtype)
         if self.whole:
-            return self.rotate(f.dense())
-        outputs = f.outputs @ self.left.to(f.outputs.device, f.outputs.dtype)
+            g = f.gradient().values
+            return Gradient(f.block, (g.flatten(1) @ left).view_as(g))
         inputs = f.inputs if self.right is None else f.inputs @ self.right.to(f.inputs.device, f.inputs.dtype)
-        return replace(f, inputs=inputs, outputs=outputs).dense()
-
-    def back(self, g: Tensor) -> Tensor:
-        """U_S G U_Aᵀ, (R, out, in)."""
-        left = self.left.to(g.device, g.dtype)
-        if self.whole:
-            return (g.flatten(1) @ left.T).view_as(g)
-        g = left @ g
-        return g if self.right is None else g @ self.right.to(g.device, g.dtype).T
+        return replace(f, inputs=inputs, outputs=f.outputs @ left).gradient()
 
 
 @dataclass(frozen=True)
@@ -130,20 +117,17 @@ class FittedEKFAC:
     bases: dict[str, Basis]
     eigenvalues: dict[str, Tensor]
 
-    def coordinates(self, found: Sequence[Factors]) -> Blocked:
-        return {f.block.name: self.bases[f.block.name].coordinates(f) for f in found}
+    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
+        return [self.bases[f.block.name].coordinates(f) for f in found]
 
-    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         strengths = damping.strengths(
             {b.name: self.eigenvalues[b.name].sum().item() for b in self.blocks}, {b.name: b.size for b in self.blocks}
         )
-        solved = {}
-        for block in self.blocks:
-            values, v = self.eigenvalues[block.name], rotated[block.name]
-            delta = positive(l2 + strengths[block.name], values.min().item(), f"EK-FAC's block {block.name}")
-            solved[block.name] = v * (values + delta).reciprocal().to(v.device, v.dtype)
+        solved = []
+        for g in rotated:
+            values = self.eigenvalues[g.block.name]
+            delta = positive(l2 + strengths[g.block.name], values.min().item(), f"EK-FAC's block {g.block.name}")
+            scale = g.of((values + delta).reciprocal().to(g.values.device, g.values.dtype))
+            solved.append(replace(g, values=g.values * scale))
         return solved
-
-    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
-        rotated = {name: self.bases[name].rotate(v) for name, v in rhs.items()}
-        return {name: self.bases[name].back(v) for name, v in self.precondition(rotated, damping, l2).items()}

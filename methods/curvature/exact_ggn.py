@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Problem
-from methods.curvature.base import Blocked, dense, positive
+from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, flat, output_gradients
+from methods.gradients.per_example import Factors, Gradient, flat, output_gradients, plain
 from tasks.errors import UserError
 
 
@@ -50,7 +50,7 @@ class ExactGGN:
         )
         done = 0
         for index, found in output_gradients(task, model, examples, blocks):
-            rows = torch.cat([flat(column) for column in found])  # (R · B, P)
+            rows = torch.cat([flat(plain(column)) for column in found])  # (R · B, P)
             problem.meter.gradients += rank * len(index)
             if primal:
                 matrix.addmm_(rows.T, rows)
@@ -75,16 +75,13 @@ class FittedGGN:
     def size(self) -> int:
         return sum(b.size for b in self.blocks)
 
-    def coordinates(self, found: Sequence[Factors]) -> Blocked:
-        return dense(found)
+    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
+        return plain(found)
 
-    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
-        return self.solve(rotated, damping, l2)
-
-    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         strength = damping.strengths({"all": self.gram.trace().item()}, {"all": self.size})["all"]
         delta = positive(l2 + strength, 0.0, "the exact GGN")
-        vectors = torch.cat([rhs[b.name].double().reshape(len(rhs[b.name]), -1) for b in self.blocks], 1)  # (R, P)
+        vectors = flat(rotated).double()  # (R, P)
         factor = self._factor(delta)
         if self.root is None:
             solved = torch.cholesky_solve(vectors.T, factor).T
@@ -92,7 +89,7 @@ class FittedGGN:
             inner = torch.cholesky_solve(self.root @ vectors.T / self.n, factor)  # (K, R)
             solved = (vectors - inner.T @ self.root) / delta
         parts = solved.split([b.size for b in self.blocks], 1)
-        return {b.name: part.reshape(-1, *b.shape) for b, part in zip(self.blocks, parts, strict=True)}
+        return [Gradient(b, part.reshape(-1, *b.shape)) for b, part in zip(self.blocks, parts, strict=True)]
 
     def _factor(self, delta: float) -> Tensor:
         if delta not in self._factors:

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from methods.base import Problem
-from methods.curvature.base import Blocked, dense
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors
+from methods.gradients.per_example import Factors, Gradient, plain
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,8 @@ class Identity:
     def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "Identity":
         return self
 
-    def coordinates(self, found: Sequence[Factors]) -> Blocked:
-        return dense(found)
+    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
+        return plain(found)
 
-    def precondition(self, rotated: Blocked, damping: Damping, l2: float) -> Blocked:
-        return rotated
-
-    def solve(self, rhs: Blocked, damping: Damping, l2: float) -> Blocked:
-        return rhs
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        return list(rotated)

@@ -15,7 +15,7 @@ from methods.base import require_eval
 from methods.gradients.blocks import Block
 from tasks.base import Batch, Examples, Task
 
-BATCH = 64
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,44 @@ class Factors:
     outputs: Tensor
     mask: Tensor
 
-    def dense(self) -> Tensor:
-        """G, (B, out, in)."""
+    def gradient(self) -> "Gradient":
+        """Σ_t d_t a_tᵀ; of an embedding, only the columns that this batch looks up."""
         if self.block.kind == "linear":
-            return self.outputs.transpose(1, 2) @ self.inputs
+            return Gradient(self.block, self.outputs.transpose(1, 2) @ self.inputs)
         if self.block.kind == "norm":
             parts = [(self.outputs * self.inputs).sum(1)]
             if self.block.bias:
                 parts.append(self.outputs.sum(1))
-            return torch.stack(parts, 1)
-        gradient = self.outputs.new_zeros(len(self.outputs), self.block.shape[1] + 1, self.block.shape[0])
-        index = self.columns()[..., None].expand(-1, -1, self.block.shape[0])
-        gradient.scatter_add_(1, index, self.outputs)
-        return gradient[:, :-1].transpose(1, 2)
+            return Gradient(self.block, torch.stack(parts, 1))
+        assert self.block.rows is not None
+        rows = self.block.rows.to(self.inputs.device)
+        ids, place = self.inputs.unique(return_inverse=True)  # place (B, T)
+        summed = self.outputs.new_zeros(len(self.outputs), len(ids), self.block.shape[0])
+        summed.scatter_add_(1, place[..., None].expand(-1, -1, self.block.shape[0]), self.outputs)
+        known = torch.isin(ids, rows)  # the padding row is no parameter, rows not in use have no column
+        return Gradient(self.block, summed[:, known].transpose(1, 2), torch.searchsorted(rows, ids[known]))
 
-    def columns(self) -> Tensor:
-        """Of an embedding: the column of each position's id, (B, T); ids outside `rows` get one past the last."""
-        rows = self.block.rows
-        assert rows is not None
-        rows = rows.to(self.inputs.device)
-        at = torch.searchsorted(rows, self.inputs).clamp_max(max(len(rows) - 1, 0))
-        known = rows[at] == self.inputs if len(rows) else torch.zeros_like(self.inputs, dtype=torch.bool)
-        return torch.where(known, at, len(rows))
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradients of B examples by one block: `values` (B, out, k) in the given `columns` (k,), zero in all others; None:
+    all columns, k = in."""
+
+    block: Block
+    values: Tensor
+    columns: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """(B, out, in)."""
+        if self.columns is None:
+            return self.values
+        full = self.values.new_zeros(len(self.values), *self.block.shape)
+        full[..., self.columns] = self.values
+        return full
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """The columns of a (..., out, in) matrix that these gradients are non-zero in."""
+        return matrix if self.columns is None else matrix[..., self.columns.to(matrix.device)]
 
 
 @dataclass
@@ -164,6 +180,45 @@ def output_gradients(
             yield index, [factors(tape, model, blocks, outputs, root[..., r]) for r in range(root.shape[-1])]
 
 
-def flat(found: Sequence[Factors]) -> Tensor:
+def plain(found: Sequence[Factors]) -> list[Gradient]:
+    """The gradients as they are, block by block."""
+    return [f.gradient() for f in found]
+
+
+def flat(found: Sequence[Gradient]) -> Tensor:
     """All blocks one after the other, (B, P)."""
-    return torch.cat([f.dense().reshape(len(f.outputs), -1) for f in found], 1)
+    return torch.cat([g.dense().flatten(1) for g in found], 1)
+
+
+def inner(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tensor:
+    """⟨l_q, r_i⟩ over all blocks, (Q, B); `left` has all columns."""
+    return torch.stack(
+        [r.of(l.dense()).flatten(1) @ r.values.flatten(1).T for l, r in zip(left, right, strict=True)]
+    ).sum(0)
+
+
+def sum_of_products(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tensor:
+    """⟨l_i, r_i⟩ over all blocks, (B,); both in the same columns."""
+    return torch.stack([(l.values * r.values).flatten(1).sum(1) for l, r in zip(left, right, strict=True)]).sum(0)
+
+
+def norms(found: Sequence[Gradient]) -> Tensor:
+    """‖g_i‖ over all blocks, (B,)."""
+    return sum_of_products(found, found).sqrt()
+
+
+def collected(
+    task: Task,
+    model: nn.Module,
+    examples: Examples,
+    blocks: Sequence[Block],
+    of: Scalar,
+    coordinates: Callable[[Sequence[Factors]], Sequence[Gradient]] = plain,
+) -> list[Gradient]:
+    """The gradients of all examples at once, with all columns."""
+    parameter = next(model.parameters())
+    full = [torch.zeros(len(examples), *b.shape, dtype=parameter.dtype, device=parameter.device) for b in blocks]
+    for index, found in gradients(task, model, examples, blocks, of):
+        for matrix, g in zip(full, coordinates(found), strict=True):
+            matrix[index] = g.dense()
+    return [Gradient(b, matrix) for b, matrix in zip(blocks, full, strict=True)]
