@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
+TINY = 1e-24  # a constant column of floating-point sums is seldom exactly constant: variance that is rounding is none
 Correlation = Callable[[Array, Array], Array]
 
 
@@ -18,11 +19,9 @@ def pearson(x: Array, y: Array, counts: Array | None = None) -> Array:
     """Product-moment correlation of each column, (Q,); `counts` (S,) weigh the rows. NaN where a column is constant."""
     w = np.ones(len(x)) if counts is None else np.asarray(counts, float)
     w = (w / w.sum())[:, None]
-    # A constant column of floating-point sums is seldom exactly constant: take rounding for what it is.
     dx, dy = x - (w * x).sum(0), y - (w * y).sum(0)
     vx, vy = (w * dx**2).sum(0), (w * dy**2).sum(0)
-    tiny = 1e-24
-    flat = (vx <= tiny * (w * x**2).sum(0)) | (vy <= tiny * (w * y**2).sum(0))
+    flat = (vx <= TINY * (w * x**2).sum(0)) | (vy <= TINY * (w * y**2).sum(0))
     with np.errstate(invalid="ignore", divide="ignore"):
         r = (w * dx * dy).sum(0) / np.sqrt(vx * vy)
     return np.where(flat, np.nan, np.clip(r, -1, 1))
@@ -33,11 +32,15 @@ def spearman(x: Array, y: Array) -> Array:
     return pearson(rankdata(x, axis=0), rankdata(y, axis=0))
 
 
-def slope(x: Array, y: Array) -> Array:
-    """Least-squares slope of y on x of each column, (Q,): 1 for calibrated scores x of effects y."""
-    dx, dy = x - x.mean(0), y - y.mean(0)
+def slope(x: Array, y: Array, counts: Array | None = None) -> Array:
+    """Least-squares slope of y on x of each column, (Q,): 1 for calibrated scores x of effects y. NaN: x is constant."""
+    w = np.ones(len(x)) if counts is None else np.asarray(counts, float)
+    w = (w / w.sum())[:, None]
+    dx, dy = x - (w * x).sum(0), y - (w * y).sum(0)
+    variance = (w * dx**2).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where((dx**2).sum(0) > 0, (dx * dy).sum(0) / (dx**2).sum(0), np.nan)
+        found = (w * dx * dy).sum(0) / variance
+    return np.where(variance <= TINY * (w * x**2).sum(0), np.nan, found)
 
 
 class Ranks:
@@ -55,12 +58,13 @@ class Ranks:
         self.end = np.minimum.accumulate(np.where(last, position + 1, len(x))[::-1], 0)[::-1]  # exclusive
         self.back = np.argsort(self.order, axis=0, kind="stable")
 
-    def resampled(self, counts: NDArray[np.int64]) -> Array:
-        """Mid-rank of each row in the sample that holds row s `counts[s]` times, (S, Q)."""
-        below = np.zeros((len(counts) + 1, self.order.shape[1]))
-        np.cumsum(counts[self.order], axis=0, out=below[1:])
-        middle = (np.take_along_axis(below, self.start, 0) + np.take_along_axis(below, self.end, 0) + 1) / 2
-        return np.take_along_axis(middle, self.back, 0)
+    def resampled(self, counts: NDArray[np.int64], columns: NDArray[np.int64] | slice = slice(None)) -> Array:
+        """Mid-rank of each row in the sample that holds row s `counts[s]` times, of the given columns, (S, k)."""
+        order = self.order[:, columns]
+        below = np.zeros((len(counts) + 1, order.shape[1]))
+        np.cumsum(counts[order], axis=0, out=below[1:])
+        ends = np.take_along_axis(below, self.start[:, columns], 0) + np.take_along_axis(below, self.end[:, columns], 0)
+        return np.take_along_axis((ends + 1) / 2, self.back[:, columns], 0)
 
 
 def resamples(
@@ -78,29 +82,46 @@ def resamples(
 
 
 def bootstrap_correlation(x: Array, y: Array, kind: str, seed: int, number: int = RESAMPLES) -> Array:
-    """Replicates (R,) of the mean over queries of the correlation, resampling rows and queries alike.
+    """Replicates (R,) of the mean over queries of the `spearman` or `pearson` correlation, resampling rows and queries.
 
     A query whose correlation is undefined counts as 0: no information is a failure, not a gap.
     """
     row_counts, query_counts = resamples(x.shape[0], x.shape[1], seed, number)
-    if kind == "spearman":
-        rx, ry = Ranks(x), Ranks(y)
+    if kind == "pearson":
+        cov, vx, vy = _moments(x, y, row_counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = np.where((vx > 0) & (vy > 0), cov / np.sqrt(vx * vy), 0.0)
+        return (found * query_counts).sum(1) / query_counts.sum(1)
+    rx, ry = Ranks(x), Ranks(y)
     replicates = np.empty(number)
     for r, (c, q) in enumerate(zip(row_counts, query_counts, strict=True)):
-        found = pearson(rx.resampled(c), ry.resampled(c), c) if kind == "spearman" else pearson(x, y, c)
-        replicates[r] = (np.nan_to_num(found) * q).sum() / q.sum()
+        drawn = np.flatnonzero(q)
+        found = pearson(rx.resampled(c, drawn), ry.resampled(c, drawn), c)
+        replicates[r] = (np.nan_to_num(found) * q[drawn]).sum() / q.sum()
     return replicates
 
 
 def bootstrap_slope(x: Array, y: Array, seed: int, number: int = RESAMPLES) -> Array:
-    """Replicates (R,) of the mean over queries of the slope."""
+    """Replicates (R,) of the mean over queries of the slope; an undefined one counts as 0."""
     row_counts, query_counts = resamples(x.shape[0], x.shape[1], seed, number)
-    w = row_counts / row_counts.sum(1, keepdims=True)  # (R, S)
-    mx, my = w @ x, w @ y
-    cov, var = w @ (x * y) - mx * my, w @ (x * x) - mx * mx
+    cov, vx, _ = _moments(x, y, row_counts)
     with np.errstate(invalid="ignore", divide="ignore"):
-        slopes = np.where(var > 0, cov / var, 0.0)  # (R, Q)
-    return (slopes * query_counts).sum(1) / query_counts.sum(1)
+        found = np.where(vx > 0, cov / vx, 0.0)
+    return (found * query_counts).sum(1) / query_counts.sum(1)
+
+
+def _moments(x: Array, y: Array, counts: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+    """Covariance of x and y and their variances in each resample, (R, Q) each; a variance that is rounding is 0.
+
+    By matrix products over centred columns, so that little cancels.
+    """
+    w = counts / counts.sum(1, keepdims=True)  # (R, S)
+    dx, dy = x - x.mean(0), y - y.mean(0)
+    mx, my = w @ dx, w @ dy
+    vx, vy = w @ dx**2 - mx**2, w @ dy**2 - my**2
+    vx = np.where(vx <= TINY * (x**2).mean(0) + 1e-12 * mx**2, 0.0, vx)
+    vy = np.where(vy <= TINY * (y**2).mean(0) + 1e-12 * my**2, 0.0, vy)
+    return w @ (dx * dy) - mx * my, vx, vy
 
 
 def interval(replicates: Array, level: float = 0.95) -> tuple[float, float]:
@@ -109,24 +130,30 @@ def interval(replicates: Array, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def spearman_brown(r: float, k: float) -> float:
+def spearman_brown(r: Array, k: float) -> Array:
     """Reliability of the mean of k measurements of reliability r."""
     return k * r / (1 + (k - 1) * r)
 
 
-def reliability(runs: Array, correlation: Correlation = spearman) -> float:
-    """Of one run: the mean over queries and over pairs of runs of their correlation. `runs` (R, S, Q), R >= 2."""
-    pairs = [correlation(runs[a], runs[b]) for a in range(len(runs)) for b in range(a)]
-    return float(np.nanmean(pairs))
+def reliability(runs: Array, correlation: Correlation = spearman) -> Array:
+    """Of one run, query by query: the mean over pairs of runs of their correlation, (Q,). `runs` (R, S, Q), R >= 2.
+
+    A query that a run measures as constant agrees with nothing: 0.
+    """
+    pairs = [np.nan_to_num(correlation(runs[a], runs[b])) for a in range(len(runs)) for b in range(a)]
+    return np.mean(pairs, axis=0)
 
 
 def ceiling(runs: Array, correlation: Correlation = spearman) -> float | None:
-    """What a perfect method would reach against the mean of R noisy runs: √(Spearman–Brown of R). None without repeats,
-    0 where the runs do not agree at all."""
+    """What a perfect method would reach against the mean of R noisy runs: mean_q √(Spearman–Brown of R, for q).
+
+    Query by query, as the metric is: the root of a mean reliability would promise more than can be reached where queries
+    differ in noise. None without repeats.
+    """
     if len(runs) < 2:
         return None
-    r = reliability(runs, correlation)
-    return float(np.sqrt(max(0.0, spearman_brown(r, len(runs))))) if r > 0 else 0.0
+    r = spearman_brown(np.clip(reliability(runs, correlation), 0, 1), len(runs))
+    return float(np.sqrt(r).mean())
 
 
 def average_precision(positive: NDArray[np.bool_], score: Array, counts: Array | None = None) -> float:

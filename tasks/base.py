@@ -98,6 +98,7 @@ class Examples:
         for name, tensor in [*sorted(self.inputs.items()), ("targets", self.targets)]:
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        digest.update("\x00".join(self.texts or ()).encode())
         return digest.hexdigest()
 
 
@@ -143,12 +144,18 @@ class Recipe:
         require(0 <= self.warmup < 1, "model.recipe.warmup", self.warmup, "0 <= warmup < 1")
         require(self.bucket >= 1, "model.recipe.bucket", self.bucket, "1 or more")
         require(self.checkpoints >= 1, "model.recipe.checkpoints", self.checkpoints, "1 or more")
-        require(
-            not (self.optimizer == "adamw" and self.decay == "l2" and self.weight_decay > 0),
-            "model.recipe.decay",
-            self.decay,
-            "decoupled with adamw",
-        )
+        require(self.clip is None or self.clip > 0, "model.recipe.clip", self.clip, "above 0, or null")
+        require(0 <= self.momentum < 1, "model.recipe.momentum", self.momentum, "0 <= momentum < 1")
+        require(all(0 <= b < 1 for b in self.betas), "model.recipe.betas", list(self.betas), "two numbers, 0 <= b < 1")
+        require(self.eps > 0, "model.recipe.eps", self.eps, "above 0")
+        require(self.tolerance > 0, "model.recipe.tolerance", self.tolerance, "above 0")
+        if self.weight_decay > 0:
+            decay = "decoupled" if self.optimizer == "adamw" else "l2"
+            require(self.decay == decay, "model.recipe.decay", self.decay, f"{decay} with {self.optimizer}")
+        elif self.optimizer == "lbfgs":
+            require(
+                False, "model.recipe.weight_decay", self.weight_decay, "above 0 with lbfgs: the optimum must be unique"
+            )
 
     @property
     def l2(self) -> float:

@@ -31,15 +31,15 @@ class Detection:
     def evaluate(self, case: Case) -> dict[str, Metric]:
         flipped = case.task.annotations.flipped if case.task.annotations else frozenset()
         positive = np.array([i in flipped for i in case.task.train.ids])
-        if not positive.any():
-            raise NotApplicable("no label of this task is known to be wrong")
+        if not positive.any() or positive.all():
+            raise NotApplicable("detection needs labels that are known to be wrong, and others that are not")
         metrics: dict[str, Metric] = {}
-        for name, make in {"value": case.value, "attribution": lambda: case.attribution("val").mean(0)}.items():
+        for name, make in {"value": lambda: case.value()[None], "attribution": lambda: case.attribution("val")}.items():
             try:
-                suspicion, nan = finite(-make()[None])
+                scores, nan = finite(make())
             except (Unsupported, NotApplicable):
                 continue
-            metrics |= self._metrics(name, positive, suspicion[0], nan)
+            metrics |= self._metrics(name, positive, -scores.mean(0), nan)
         if not metrics:
             raise NotApplicable("the method neither values nor attributes")
         metrics["base_rate"] = Metric(float(positive.mean()), np.empty(0), len(positive), {}, better=None)

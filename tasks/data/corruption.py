@@ -47,7 +47,7 @@ class Corruption:
                 f"at most {len(candidates) / len(labels):.3f} with kind=one_class (that class has no more rows)",
             )
         if self.kind == "hard" and n_flips:
-            probabilities = _cross_fitted(features, labels)
+            probabilities = _cross_fitted(features, labels, classes)
             ranked = np.sort(probabilities, axis=1)
             order = np.argsort(ranked[:, -1] - ranked[:, -2], kind="stable")
             masked = probabilities.copy()
@@ -63,9 +63,14 @@ class Corruption:
         )
 
 
-def _cross_fitted(features: object, labels: np.ndarray) -> np.ndarray:
+def _cross_fitted(features: object, labels: np.ndarray, classes: int) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+    present, coded = np.unique(labels, return_inverse=True)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    return cross_val_predict(LogisticRegression(max_iter=1000), features, labels, cv=folds, method="predict_proba")
+    model = LogisticRegression(max_iter=1000)
+    found = cross_val_predict(model, features, coded, cv=folds, method="predict_proba")
+    probabilities = np.zeros((len(labels), classes))
+    probabilities[:, present] = found
+    return probabilities

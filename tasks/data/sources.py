@@ -60,7 +60,10 @@ def read_tsv(path: Path, text: str, label: str, labels: Sequence[str]) -> Labell
     """
     if not path.is_file():
         raise UserError("task.data_dir", str(path.parent), f"has no {path.name}")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("task.data_dir", str(path), f"is not UTF-8 (byte {error.start})") from error
     if lines[-1] == "":
         lines.pop()
     header = lines[0].rstrip("\r").split("\t") if lines else []

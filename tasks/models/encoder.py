@@ -1,7 +1,6 @@
 """Text classifiers: a BERT from scratch with its own WordPiece vocabulary, or a pretrained encoder, fine-tuned."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tasks.base import Recipe
@@ -152,6 +152,10 @@ class PretrainedEncoder:
             )
         except (OSError, ValueError) as error:
             raise self.unreachable(error) from error
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise UserError(
+                "model.path", place["name"], "holds no tokenizer", allowed="tokenizer.json or vocab.txt beside"
+            )
         if tokenizer.pad_token_id is None:
             raise UserError("model.path", place["name"], "has a tokenizer without padding token", allowed="encoders")
 
@@ -201,8 +205,9 @@ def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it warns that the head is new, which is meant
+    logging.disable_progress_bar()
     place = spec.place()
     try:
         network = AutoModelForSequenceClassification.from_pretrained(
@@ -214,10 +219,12 @@ def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
             attn_implementation="eager",
             dtype=torch.float32,
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise spec.unreachable(error) from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     return Classifier(network)
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from tasks.base import Recipe
+from tasks.errors import require
 
 
 class Perceptron(nn.Module):
@@ -33,6 +34,14 @@ class MLP:
     hidden: tuple[int, ...]
     dtype: str
     recipe: Recipe
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.hidden and self.recipe.optimizer == "lbfgs"),
+            "model.recipe.optimizer",
+            "lbfgs",
+            "sgd or adamw with hidden layers: their loss has no unique optimum",
+        )
 
     def build(self, features: int, classes: int) -> nn.Module:
         return Perceptron([features, *self.hidden, classes])

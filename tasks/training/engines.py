@@ -34,13 +34,23 @@ class Executor:
         require(self.workers is None or self.workers >= 1, "executor.workers", self.workers, "1 or more, or null")
 
     def engine_for(self, task: Task) -> str:
+        tokens = task.train.lengths is not None
+        if self.engine == "vectorised" and tokens:
+            raise UserError(
+                "executor.engine",
+                "vectorised",
+                f"cannot batch models of sequences (model={task.model})",
+                allowed="processes",
+            )
         if self.engine != "auto":
             return self.engine
         small = sum(p.numel() for p in task.initial(0).parameters()) <= SMALL
-        return "vectorised" if small and task.train.lengths is None else "processes"
+        return "vectorised" if small and not tokens else "processes"
 
     def processes(self) -> int:
-        return self.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.workers is not None:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def unit(self, task: Task) -> int:
         """Rows that are trained, and kept, together."""

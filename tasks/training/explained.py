@@ -52,12 +52,15 @@ def _write(path: Path, trajectory: Trajectory) -> None:
     }
     content = save(tensors, {"trajectory": json.dumps(facts)})
     aside = path.with_name(f".{uuid.uuid4().hex}.part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _read(path: Path, seed: int) -> Trajectory | None:

@@ -100,13 +100,18 @@ class Builder:
 
     def claim(self, wanted: Sequence[str], most: int) -> list[str]:
         """At most `most` of the wanted rows that nobody has finished or is making; forgets earlier claims."""
-        with FileLock(self.folder / "queue.lock"):
-            done = self.store.read()
-            taken = self._claims_of_others()
-            mine = [key for key in dict.fromkeys(wanted) if key not in done and key not in taken][:most]
-            aside = self.folder / f"{self.name}.part"
-            aside.write_text("\n".join(mine))
-            aside.rename(self.folder / f"{self.name}.claims")
+        try:
+            with FileLock(self.folder / "queue.lock"):
+                taken = self._claims_of_others()  # before what is done: whoever finishes meanwhile is in one of the two
+                done = self.store.read()
+                mine = [key for key in dict.fromkeys(wanted) if key not in done and key not in taken][:most]
+                aside = self.folder / f"{self.name}.part"
+                aside.write_text("\n".join(mine))
+                aside.rename(self.folder / f"{self.name}.claims")
+        except OSError as error:
+            raise UserError(
+                "out", str(self.folder), f"cannot be written ({error.strerror}); finished rows are kept"
+            ) from error
         return mine
 
     def _claims_of_others(self) -> set[str]:
@@ -117,8 +122,9 @@ class Builder:
             lock = FileLock(path.with_suffix(".lock"))
             try:
                 lock.acquire(timeout=0)
-            except Timeout:
-                taken.update(path.read_text().split())  # its builder lives
+            except Timeout:  # its builder lives, or is just leaving
+                with contextlib.suppress(FileNotFoundError):
+                    taken.update(path.read_text().split())
             else:
                 path.unlink(missing_ok=True)
                 lock.release()

@@ -18,6 +18,8 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     Returns the final parameters, each (M, ...).
     """
     models, n_train = weights.shape
+    if task.train.lengths is not None:
+        raise ValueError("models of sequences are not stacked: their batches differ in length")
     weights = weights.to(task.dtype)
     if own_batches:
         members = [w.nonzero()[:, 0] for w in weights]
@@ -36,15 +38,11 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
         if p.requires_grad
     }
     # Equal seeds and equal sizes permute positions equally: draw each order once.
-    lengths = task.train.lengths
-    if lengths is not None and task.recipe.bucket > 1:
-        orders = [batch_order(m, lengths, task.recipe, s) for m, s in zip(members, seeds, strict=True)]
-        steps = [torch.stack(column) for column in zip(*orders, strict=True)]
-    else:
-        positions = {s: batch_order(torch.arange(len(members[0])), None, task.recipe, s) for s in set(seeds)}
-        member = torch.stack(members)  # (M, n)
-        columns = zip(*(positions[s] for s in seeds), strict=True)
-        steps = [member.gather(1, torch.stack(column)) for column in columns]  # each (M, B)
+    positions = {s: batch_order(torch.arange(len(members[0])), None, task.recipe, s) for s in set(seeds)}
+    member = torch.stack(members)  # (M, n)
+    steps = [
+        member.gather(1, torch.stack(column)) for column in zip(*(positions[s] for s in seeds), strict=True)
+    ]  # (M, B)
     forward = vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
     update = optimizer(task.recipe, stack.values())
     model_axis = torch.arange(models)[:, None]

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from methods.base import Problem
+from methods.curvature.base import Fitted
+from methods.curvature.damping import Damping
+from methods.gradients.blocks import Block
+from methods.gradients.per_example import BATCH, Factors, flat
 from tasks.base import Checkpoint, Examples, Objective, Recipe, Task, Trajectory
 from tasks.models.encoder import build_bert
 from tasks.models.mlp import Perceptron
@@ -261,6 +265,11 @@ def per_example(model: nn.Module, examples: Examples, of: Scalar) -> list[Named]
     return found
 
 
+def logit(c: int) -> Scalar:
+    """The c-th output, to be differentiated as if it were a loss."""
+    return lambda outputs, targets: outputs[:, c]
+
+
 def stacked(gradients: Sequence[Named]) -> Tensor:
     """(B, P), parameters in the model's order."""
     return torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in gradients])
@@ -351,7 +360,7 @@ def labels(problem: Problem, fisher: str, use: str) -> Tensor:
     if fisher == "empirical":
         return problem.train.targets
     rng, model, found = problem.generator("ekfac", use), explained(problem), problem.train.targets.clone()
-    for index in problem.train.batches(64):
+    for index in problem.train.batches(BATCH):
         outputs = problem.task.outputs(model, problem.train.batch(index))
         found[index] = problem.task.objective.sample(outputs.detach(), rng)
     return found
@@ -413,6 +422,38 @@ def block_scores(problem: Problem, queries: Examples, matrices: Named, deltas: d
         damped = h + deltas[name] * torch.eye(len(h), dtype=torch.float64)
         total -= m[name].flatten(1) @ torch.linalg.solve(damped, g[name].flatten(1).T) / len(problem.train)
     return total
+
+
+# A fitted curvature as a matrix
+
+
+def as_factors(block: Block, gradient: Tensor) -> Factors:
+    """Factors whose gradient is the given (B, out, in)."""
+    rows, (out, columns) = len(gradient), block.shape
+    if block.kind == "linear":  # Σ_t e_t (row t)ᵀ
+        inputs, outputs = gradient, torch.eye(out, dtype=gradient.dtype).expand(rows, -1, -1)
+    elif block.kind == "embedding":
+        assert block.rows is not None
+        inputs, outputs = block.rows.expand(rows, -1), gradient.transpose(1, 2)
+    elif block.bias:  # a position with input 1 serves w and b, one with input 0 corrects b
+        outputs = torch.stack([gradient[:, 0], gradient[:, 1] - gradient[:, 0]], 1)
+        inputs = torch.tensor([1.0, 0.0], dtype=gradient.dtype)[:, None].expand(rows, 2, columns)
+    else:
+        inputs, outputs = torch.ones_like(gradient), gradient
+    return Factors(block, inputs, outputs, torch.ones(inputs.shape[:2], dtype=gradient.dtype))
+
+
+def unit_vectors(blocks: Sequence[Block]) -> list[Factors]:
+    """The identity (P, P) over all blocks, one after the other, as factors."""
+    sizes = [b.size for b in blocks]
+    parts = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
+    return [as_factors(b, part.reshape(-1, *b.shape)) for b, part in zip(blocks, parts, strict=True)]
+
+
+def inverse(fitted: Fitted, blocks: Sequence[Block], damping: Damping, l2: float) -> Tensor:
+    """(H + γI + λI)⁻¹ (P, P), by the contract eᵢᵀ (H + δI)⁻¹ eⱼ = ⟨Uᵀeᵢ, precondition(Uᵀeⱼ)⟩."""
+    rotated = fitted.coordinates(unit_vectors(blocks))
+    return flat(rotated) @ flat(fitted.precondition(rotated, damping, l2)).T
 
 
 # Comparisons

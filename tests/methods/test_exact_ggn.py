@@ -1,22 +1,28 @@
 """The exact Gauss-Newton matrix: primal, dual and a dense solve are one."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
     CASES,
     GAMMA,
+    alone,
     bert,
     blocked,
     close,
-    draw,
     exact_scores,
     explained,
     far,
     ggn,
+    inverse,
     logistic,
+    logit,
     per_example,
     problem_of,
     three_classes,
+    unit_vectors,
     vector_task,
 )
 from hypothesis import given, settings
@@ -27,8 +33,9 @@ from methods.curvature.damping import Damping
 from methods.curvature.exact_ggn import ExactGGN, FittedGGN
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of
-from methods.gradients.per_example import gradients
+from methods.gradients.per_example import flat, gradients, plain
 from methods.influence import Influence
+from tasks.base import Examples, Task
 from tasks.errors import UserError
 
 EXACT = ExactGGN(memory_gib=1.0)
@@ -78,41 +85,39 @@ def test_both_forms_are_the_same_matrix(rows: int, primal: bool) -> None:
 def test_duplicated_data_gives_the_same_matrix_in_the_other_form() -> None:
     """N copies of the data leave G as it is, but make the dual system primal."""
     task = vector_task([4, 4, 3], rows=6)
-    train = task.train.select(list(range(6)) * 1)
-    five = type(train)(
+    train = task.train
+    five = Examples(
         tuple(f"{i}-{c}" for c in range(5) for i in train.ids),
         {"x": train.inputs["x"].repeat(5, 1)},
         train.targets.repeat(5),
     )
-    from dataclasses import replace
-
     small, large = problem_of(task), problem_of(replace(task, splits={**task.splits, "train": five}))
     dual, primal = fitted(small), fitted(large)
     assert dual.root is not None and primal.root is None
-    rhs = {b.name: torch.randn(3, *b.shape, generator=draw(1), dtype=torch.float64) for b in dual.blocks}
-    left, right = dual.solve(rhs, absolute(1e-3), GAMMA), primal.solve(rhs, absolute(1e-3), GAMMA)
-    assert left.keys() == right.keys() == rhs.keys()
-    for name in left:
-        assert close(left[name], right[name])
+    left, right = (inverse(found, found.blocks, absolute(1e-3), GAMMA) for found in (dual, primal))
+    assert close(left, right)
 
 
-@pytest.mark.parametrize("rows", [6, 40])
-def test_the_solution_solves_the_system(rows: int) -> None:
-    task = vector_task([4, 4, 3], rows=rows)
-    problem = problem_of(task)
-    found, model = fitted(problem), explained(problem)
-    rhs = {b.name: torch.randn(2, *b.shape, generator=draw(1), dtype=torch.float64) for b in found.blocks}
-    solved = found.solve(rhs, absolute(0.02), GAMMA)
-    # (B, P) in the order of the blocks; a row of parameters at a time gives G in the same order.
-    whole = [blocked(model, per_example(model, task.train, lambda z, y, c=c: z[:, c])) for c in range(3)]
-    j = torch.stack([torch.cat([w[n].flatten(1) for n in rhs], 1) for w in whole], 1)
-    p = model(task.train.inputs["x"]).detach().softmax(1)
-    h = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    matrix = (j.transpose(1, 2) @ h @ j).mean(0) + (GAMMA + 0.02) * torch.eye(35, dtype=torch.float64)
-    x = torch.cat([v.flatten(1) for v in solved.values()], 1)
-    b = torch.cat([v.flatten(1) for v in rhs.values()], 1)
-    assert close(x @ matrix, b)
-    assert far(b @ matrix, b)
+@pytest.mark.parametrize("name", ["logistic", "three_classes", "bert", "shared"])
+def test_what_is_solved_is_the_system(name: str) -> None:
+    """(G + δI)⁻¹ (G + δI) = I, blocks one after the other."""
+    problem = problem_of(CASES[name]())
+    model, found = explained(problem), fitted(problem)
+    classes = problem.task.objective.classes  # type: ignore[attr-defined]
+    jacobians = []
+    for c in range(classes):
+        of_logit = blocked(model, per_example(model, problem.train, logit(c)))
+        jacobians.append(torch.cat([of_logit[b.name].flatten(1) for b in found.blocks], 1))
+    j = torch.stack(jacobians, 1)  # (N, C, P)
+    matrix = torch.zeros(j.shape[2], j.shape[2], dtype=torch.float64)
+    for i in range(len(j)):
+        p = model(**alone(problem.train, i)[0])[0].detach().softmax(0)
+        matrix += j[i].T @ (p.diag() - torch.outer(p, p)) @ j[i] / len(j)
+    identity = torch.eye(len(matrix), dtype=torch.float64)
+    inverted = inverse(found, found.blocks, absolute(0.02), GAMMA)
+    assert close(inverted @ (matrix + (GAMMA + 0.02) * identity), identity)
+    assert close(inverted, inverted.T)
+    assert far(inverted @ (matrix + 0.02 * identity), identity)
 
 
 @settings(max_examples=15, deadline=None)
@@ -155,32 +160,29 @@ def test_a_sweep_of_damping_fits_once_and_equals_fresh_fits(monkeypatch: pytest.
 def test_solving_changes_nothing(rows: int) -> None:
     problem = problem_of(vector_task([4, 4, 3], rows=rows))
     found = fitted(problem)
-    rhs = {b.name: torch.randn(2, *b.shape, generator=draw(1), dtype=torch.float64) for b in found.blocks}
-    before = {n: v.clone() for n, v in rhs.items()}
-    gram, root = found.gram.clone(), None if found.root is None else found.root.clone()
-    first = found.solve(rhs, absolute(0.1), GAMMA)
-    found.solve(rhs, absolute(3.0), GAMMA)
-    again = found.solve(rhs, absolute(0.1), GAMMA)
-    for name in rhs:
-        assert torch.equal(rhs[name], before[name])
-        assert torch.equal(first[name], again[name])
+    rhs = found.coordinates(unit_vectors(found.blocks))
+    before, gram = [g.values.clone() for g in rhs], found.gram.clone()
+    root = None if found.root is None else found.root.clone()
+    first = flat(found.precondition(rhs, absolute(0.1), GAMMA))
+    found.precondition(rhs, absolute(3.0), GAMMA)
+    assert torch.equal(flat(found.precondition(rhs, absolute(0.1), GAMMA)), first)
+    assert all(torch.equal(g.values, was) for g, was in zip(rhs, before, strict=True))
     assert torch.equal(found.gram, gram)
     assert found.root is None or (root is not None and torch.equal(found.root, root))
 
 
-@pytest.mark.parametrize("rows", [6, 40])
-def test_coordinates_agree_with_solve(rows: int) -> None:
-    """⟨coordinates(g), precondition(coordinates(v))⟩ = ⟨g, solve(v)⟩."""
-    task = vector_task([4, 4, 3], rows=rows)
+@pytest.mark.parametrize("case", [three_classes, bert])
+def test_products_in_coordinates_are_products_with_the_inverse(case: Callable[[], Task]) -> None:
+    """⟨coordinates(g), precondition(coordinates(v))⟩ = gᵀ (G + δI)⁻¹ v for real gradients."""
+    task = case()
     problem = problem_of(task)
     model, found = problem.model(), fitted(problem)
+    inverted = inverse(found, found.blocks, absolute(0.1), GAMMA)
     for _, g in gradients(task, model, task.train, found.blocks, task.objective.loss):
-        dense = {f.block.name: f.dense() for f in g}
         inside = found.precondition(found.coordinates(g), absolute(0.1), GAMMA)
-        left = sum(found.coordinates(g)[n].flatten(1) @ inside[n].flatten(1).T for n in dense)
-        solved = found.solve(dense, absolute(0.1), GAMMA)
-        right = sum(dense[n].flatten(1) @ solved[n].flatten(1).T for n in dense)
-        assert close(left, right)  # type: ignore[arg-type]
+        dense = flat(plain(g))
+        assert close(flat(found.coordinates(g)) @ flat(inside).T, dense @ inverted @ dense.T)
+        assert far(dense @ dense.T, dense @ inverted @ dense.T)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +207,6 @@ def test_relative_damping_is_of_the_whole_matrix(rule: str, strength: object) ->
 @pytest.mark.parametrize("value", [0.0, 1e-30])
 def test_a_singular_system_is_refused(name: str, value: float) -> None:
     """γ = λ = 0, or so near 0 that it drowns: softmax is blind to a shift of all logits, so G has no inverse."""
-    from dataclasses import replace
-
     task = CASES[name]()
     task = replace(task, recipe=replace(task.recipe, weight_decay=0.0))
     with pytest.raises(UserError, match=r"method\.damping\.value"):
@@ -220,8 +220,6 @@ def test_the_l2_of_the_objective_is_enough_to_invert() -> None:
 
 
 def test_decoupled_decay_is_no_curvature() -> None:
-    from dataclasses import replace
-
     task = three_classes()
     task = replace(task, recipe=replace(task.recipe, optimizer="adamw", decay="decoupled"))
     found = Influence(EXACT, absolute(0.05)).attribute(problem_of(task), task.splits["query"])
@@ -240,8 +238,6 @@ def test_too_little_memory_is_refused_before_any_gradient() -> None:
 
 
 def test_a_float32_task_is_solved_in_float64() -> None:
-    from dataclasses import replace
-
     task = logistic()
     splits = {name: replace(s, inputs={"x": s.inputs["x"].float().double()}) for name, s in task.splits.items()}
     double = replace(task, splits=splits)

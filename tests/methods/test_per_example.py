@@ -17,6 +17,7 @@ from cases import (
     error,
     explained,
     far,
+    logit,
     per_example,
     problem_of,
     randomised,
@@ -32,7 +33,19 @@ from torch import Tensor, nn
 
 from methods.base import Problem
 from methods.gradients.blocks import Block, blocks_of
-from methods.gradients.per_example import factors, flat, gradients, output_gradients, recording
+from methods.gradients.per_example import (
+    Gradient,
+    collected,
+    factors,
+    flat,
+    gradients,
+    inner,
+    norms,
+    output_gradients,
+    plain,
+    recording,
+    sum_of_products,
+)
 from tasks.base import Examples, Task
 from tasks.errors import UserError
 from tasks.objectives.classification import Classification
@@ -44,8 +57,8 @@ def found_by_block(
     """{block: (N, out, in)} from all batches."""
     found = {b.name: torch.full((len(examples), *b.shape), torch.nan, dtype=torch.float64) for b in blocks}
     for index, batch in gradients(task, model, examples, blocks, of, batch_size):
-        for f in batch:
-            found[f.block.name][index] = f.dense()
+        for g in plain(batch):
+            found[g.block.name][index] = g.dense()
     return found
 
 
@@ -106,7 +119,7 @@ def test_flat_has_the_blocks_one_after_the_other() -> None:
     blocks = blocks_of(problem.model())
     whole = found_by_block(task, problem.model(), task.train, blocks, task.objective.loss)
     for index, found in gradients(task, problem.model(), task.train, blocks, task.objective.loss):
-        assert close(flat(found), torch.cat([whole[b.name][index].flatten(1) for b in blocks], 1))
+        assert close(flat(plain(found)), torch.cat([whole[b.name][index].flatten(1) for b in blocks], 1))
 
 
 def test_padding_owes_nothing_to_the_loss_and_is_masked() -> None:
@@ -164,7 +177,7 @@ def test_extra_columns_of_padding_do_not_matter() -> None:
             total = task.objective.loss(model(**inputs), batch.targets).sum()
             batches[width] = factors(tape, model, blocks, total, None)
     assert batches[8][0].mask.shape[1] == 8 > batches[5][0].mask.shape[1]
-    assert close(flat(batches[8]), flat(batches[5]))
+    assert close(flat(plain(batches[8])), flat(plain(batches[5])))
 
 
 def test_order_does_not_matter() -> None:
@@ -230,11 +243,11 @@ def test_a_module_used_twice_has_the_sum_of_its_uses() -> None:
     twice = {"table", "mix", "norm"}
     for index, found in gradients(task, model, task.train, blocks_of(model), task.objective.loss):
         for f in found:
-            assert close(f.dense(), expected[f.block.name][index])
+            assert close(f.gradient().dense(), expected[f.block.name][index])
             if f.block.name in twice:
                 half = f.outputs.shape[1] // 2
                 first = replace(f, inputs=f.inputs[:, :half], outputs=f.outputs[:, :half], mask=f.mask[:, :half])
-                assert far(first.dense(), expected[f.block.name][index])  # only one use kept
+                assert far(first.gradient().dense(), expected[f.block.name][index])  # only one use kept
                 twice.remove(f.block.name)
     assert not twice
 
@@ -274,11 +287,9 @@ def test_norms_are_right_or_refused(shape: tuple[int, ...], bias: bool) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_perceptron(data: st.DataObject) -> None:
-    widths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)) + [data.draw(st.integers(2, 4))]
+    widths = [*data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)), data.draw(st.integers(2, 4))]
     biases = data.draw(st.lists(st.booleans(), min_size=len(widths) - 1, max_size=len(widths) - 1))
     rows, batch_size = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 8))
-    if len(widths) < 2:
-        return
     task = vector_task(widths, biases, rows=rows, seed=data.draw(st.integers(0, 99)))
     problem = problem_of(task)
     model, free = problem.model(), explained(problem)
@@ -294,10 +305,8 @@ def test_columns_of_the_root_make_the_gauss_newton_matrix(name: str) -> None:
     task = CASES[name]()
     problem = problem_of(task)
     model, free, classes = problem.model(), explained(problem), task.objective.classes  # type: ignore[attr-defined]
-    jacobian = torch.stack(
-        [stacked(per_example(free, task.train, lambda z, y, c=c: z[:, c])) for c in range(classes)], 1
-    )
-    whole = [blocked(free, per_example(free, task.train, lambda z, y, c=c: z[:, c])) for c in range(classes)]
+    jacobian = torch.stack([stacked(per_example(free, task.train, logit(c))) for c in range(classes)], 1)
+    whole = [blocked(free, per_example(free, task.train, logit(c))) for c in range(classes)]
     assert jacobian.shape[:2] == (len(task.train), classes)
     compared = 0
     for index, columns in output_gradients(task, model, task.train, blocks_of(model), 5):
@@ -307,7 +316,7 @@ def test_columns_of_the_root_make_the_gauss_newton_matrix(name: str) -> None:
         names = [f.block.name for f in columns[0]]
         j = torch.stack([torch.cat([w[n][index].flatten(1) for n in names], 1) for w in whole], 1)  # (B, C, P)
         expected = j.transpose(1, 2) @ h @ j
-        rows = torch.stack([flat(column) for column in columns], 1)  # (B, R, P)
+        rows = torch.stack([flat(plain(column)) for column in columns], 1)  # (B, R, P)
         assert close(rows.transpose(1, 2) @ rows, expected)
         compared += len(index)
     assert compared == len(task.train)
@@ -408,7 +417,7 @@ class Overwriting(nn.Module):
 def test_outputs_changed_in_place_are_refused_by_name() -> None:
     task = replace(vector_task([3, 3]), build=partial(randomised, partial(Overwriting, True)))
     model = problem_of(task).model()
-    with pytest.raises(RuntimeError, match="second.*in place"):
+    with pytest.raises(RuntimeError, match=r"second.*in place"):
         list(gradients(task, model, task.train, blocks_of(model), task.objective.loss))
     task = replace(task, build=partial(randomised, partial(Overwriting, False)))
     model = problem_of(task).model()
@@ -445,9 +454,9 @@ def test_tape_can_be_asked_again_with_another_cotangent() -> None:
     with torch.enable_grad(), recording(model, blocks, batch) as tape:
         outputs = model(**batch.inputs)
         one, other = (torch.randn(outputs.shape, generator=draw(k), dtype=torch.float64) for k in (1, 2))
-        left = flat(factors(tape, model, blocks, outputs, one))
-        right = flat(factors(tape, model, blocks, outputs, other))
-        both = flat(factors(tape, model, blocks, outputs, one + 2 * other))
+        left = flat(plain(factors(tape, model, blocks, outputs, one)))
+        right = flat(plain(factors(tape, model, blocks, outputs, other)))
+        both = flat(plain(factors(tape, model, blocks, outputs, one + 2 * other)))
     assert close(both, left + 2 * right)
     assert error(left, right) > 0.1
 
@@ -461,3 +470,52 @@ def test_nothing_is_left_in_the_model() -> None:
     list(gradients(task, model, task.train, blocks_of(model), task.objective.loss))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None
+
+
+def test_embeddings_hold_the_columns_that_a_batch_looks_up() -> None:
+    task = bert()
+    model = problem_of(task).model()
+    (block,) = blocks_of(model, ["*word_embeddings"])
+    assert block.rows is not None
+    for index, (f,) in gradients(task, model, task.train, [block], task.objective.loss, 3):
+        g = f.gradient()
+        ids = set(task.train.batch(index).inputs["input_ids"].flatten().tolist()) - {0}
+        assert g.columns is not None and set(block.rows[g.columns].tolist()) == ids
+        assert g.values.shape == (len(index), 4, len(ids)) and len(ids) < block.shape[1]
+        others = torch.ones(block.shape[1], dtype=torch.bool)
+        others[g.columns] = False
+        assert (g.dense()[:, :, others] == 0).all() and torch.equal(g.dense()[:, :, g.columns], g.values)
+        matrix = torch.randn(*block.shape, generator=draw(1), dtype=torch.float64)
+        assert torch.equal(g.of(matrix), matrix[:, g.columns])
+        assert close((g.of(matrix) * g.values).sum(), (matrix * g.dense()).sum())
+
+
+@pytest.mark.parametrize("name", ["three_classes", "bert", "shared"])
+def test_products_over_all_blocks(name: str) -> None:
+    task = CASES[name]()
+    problem = problem_of(task)
+    model, free = problem.model(), explained(problem)
+    blocks = blocks_of(model)
+    m = stacked(per_example(free, task.splits["query"], task.objective.measure))
+    g = stacked(per_example(free, task.train, task.objective.loss))
+    asked = collected(task, model, task.splits["query"], blocks, task.objective.measure)
+    assert all(a.columns is None for a in asked)
+    assert close(norms(asked), m.norm(dim=1))
+    for index, found in gradients(task, model, task.train, blocks, task.objective.loss, 5):
+        assert close(inner(asked, plain(found)), m @ g[index].T)
+        assert close(sum_of_products(plain(found), plain(found)), g[index].square().sum(1))
+        assert close(norms(plain(found)), g[index].norm(dim=1))
+
+
+def test_collected_gradients_have_the_order_of_the_examples() -> None:
+    task = bert()
+    model = problem_of(task).model()
+    blocks = blocks_of(model)
+    found = collected(task, model, task.train, blocks, task.objective.loss)
+    whole = found_by_block(task, model, task.train, blocks, task.objective.loss, 5)
+    order = torch.argsort(task.train.lengths, stable=True)  # type: ignore[arg-type]
+    for g in found:
+        assert isinstance(g, Gradient)
+        if not g.block.name.endswith("attention.self.key"):
+            assert close(g.dense(), whole[g.block.name])
+            assert far(g.dense()[order], whole[g.block.name])
