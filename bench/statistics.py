@@ -33,7 +33,7 @@ def spearman(x: Array, y: Array) -> Array:
 
 
 def slope(x: Array, y: Array, counts: Array | None = None) -> Array:
-    """Least-squares slope of y on x of each column, (Q,): 1 for calibrated scores x of effects y. NaN: x is constant."""
+    """Least-squares slope of y on x of each column, (Q,): 1 for calibrated x and effects y. NaN where x is constant."""
     w = np.ones(len(x)) if counts is None else np.asarray(counts, float)
     w = (w / w.sum())[:, None]
     dx, dy = x - (w * x).sum(0), y - (w * y).sum(0)
@@ -145,10 +145,10 @@ def reliability(runs: Array, correlation: Correlation = spearman) -> Array:
 
 
 def ceiling(runs: Array, correlation: Correlation = spearman) -> float | None:
-    """What a perfect method would reach against the mean of R noisy runs: mean_q √(Spearman–Brown of R, for q).
+    """What a perfect method would reach against the mean of R noisy runs, mean_q √(Spearman–Brown of R, for q).
 
-    Query by query, as the metric is: the root of a mean reliability would promise more than can be reached where queries
-    differ in noise. None without repeats.
+    Query by query, as the metric is: the root of a mean reliability would promise more than can be reached where
+    queries differ in noise. None without repeats.
     """
     if len(runs) < 2:
         return None

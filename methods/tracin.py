@@ -32,7 +32,7 @@ class TracIn(Method):
             problem.meter.gradients += len(queries)
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                scores[:, index] -= checkpoint.path * inner(measured, plain(found)).double() / len(problem.train)
+                scores[:, index] -= checkpoint.path * inner(measured, plain(found)).double().cpu() / len(problem.train)
         return scores
 
     def value(self, problem: Problem) -> Tensor:
@@ -43,5 +43,5 @@ class TracIn(Method):
             for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
                 g = plain(found)
-                values[index] -= checkpoint.path * sum_of_products(g, g).double() / len(problem.train)
+                values[index] -= checkpoint.path * sum_of_products(g, g).double().cpu() / len(problem.train)
         return values

@@ -29,16 +29,21 @@ class Fitted(Protocol):
 
 
 class Curvature(Protocol):
-    """Which H, and how it is represented. `precision`: the dtype it wants the model in, None for the model's own."""
+    """Which H, and how it is represented."""
 
-    precision: torch.dtype | None
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The dtype that it wants the model in, None for the model's own."""
 
     def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
         """From the whole training set."""
 
 
-def positive(strength: float, smallest: float, what: str) -> float:
-    """The number that is added to eigenvalues; refuses a singular system by name."""
-    if strength + smallest <= 0:
-        raise UserError("method.damping.value", 0, f"leaves {what} singular", allowed="above 0")
+ROUNDING = 1e-14  # of the largest eigenvalue: what is smaller is nothing in float64
+
+
+def positive(strength: float, smallest: float, largest: float, what: str) -> float:
+    """The number that is added to eigenvalues between `smallest` and `largest`; refuses a singular system by name."""
+    if strength + smallest <= ROUNDING * largest:
+        raise UserError("method.damping.value", problem=f"and L2 leave {what} singular", hint="take more damping")
     return strength

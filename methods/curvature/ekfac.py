@@ -127,7 +127,8 @@ class FittedEKFAC:
         solved = []
         for g in rotated:
             values = self.eigenvalues[g.block.name]
-            delta = positive(l2 + strengths[g.block.name], values.min().item(), f"EK-FAC's block {g.block.name}")
+            bounds = values.min().item(), values.max().item()
+            delta = positive(l2 + strengths[g.block.name], *bounds, f"EK-FAC's block {g.block.name}")
             scale = g.of((values + delta).reciprocal().to(g.values.device, g.values.dtype))
             solved.append(replace(g, values=g.values * scale))
         return solved

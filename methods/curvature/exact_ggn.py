@@ -80,7 +80,7 @@ class FittedGGN:
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         strength = damping.strengths({"all": self.gram.trace().item()}, {"all": self.size})["all"]
-        delta = positive(l2 + strength, 0.0, "the exact GGN")
+        delta = positive(l2 + strength, 0.0, self.gram.trace().item(), "the exact GGN")
         vectors = flat(rotated).double()  # (R, P)
         factor = self._factor(delta)
         if self.root is None:

@@ -43,14 +43,13 @@ def blocks_of(model: nn.Module, modules: Sequence[str] | None = None) -> list[Bl
     """
     if isinstance(modules, str):
         modules = [modules]
-    owners: dict[int, str] = {}
+    modules_of = {name: m for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    owners: dict[int, list[str]] = {}
+    for name, module in modules_of.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     found: list[Block] = []
-    names: list[str] = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        names.append(name)
+    for name, module in modules_of.items():
         if modules is not None and not any(fnmatchcase(name, pattern) for pattern in modules):
             continue
         kind = KINDS.get(type(module))
@@ -61,22 +60,22 @@ def blocks_of(model: nn.Module, modules: Sequence[str] | None = None) -> list[Bl
                 f"is a {type(module).__name__}, which has no gradient rule",
                 allowed="Linear, Embedding, LayerNorm",
             )
-        for key, parameter in own.items():
-            if id(parameter) in owners:
+        for key, parameter in module.named_parameters(recurse=False):
+            others = [owner for owner in owners[id(parameter)] if owner != name]
+            if others:
                 raise UserError(
-                    "method.modules", name, f"shares {key} with {owners[id(parameter)]}", hint="leave one out"
+                    "method.modules", name, f"shares its {key} with {others[0]}", hint="take modules that share nothing"
                 )
-            owners[id(parameter)] = name
         found.append(_block(name, module, kind))
     if not found:
-        raise UserError("method.modules", ",".join(modules or []), "matches no module", allowed=names)
+        raise UserError("method.modules", ",".join(modules or []), "matches no module", allowed=list(modules_of))
     return found
 
 
 def _block(name: str, module: nn.Module, kind: str) -> Block:
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias = getattr(module, "bias", None) is not None
-    parameters = tuple(f"{name}.{key}" for key in (("weight", "bias") if bias else ("weight",)))
+    parameters = tuple(f"{name}.{key}".lstrip(".") for key in (("weight", "bias") if bias else ("weight",)))
     if kind == "linear":
         return Block(name, kind, (weight.shape[0], weight.shape[1] + bias), parameters, bias)
     if kind == "embedding":
@@ -94,15 +93,23 @@ def with_rows_in_use(task: Task, model: nn.Module, blocks: Sequence[Block], data
     if not seen:
         return list(blocks)
 
+    mask: Tensor | None = None
+
     def note(name: str) -> RemovableHandle:
-        return model.get_submodule(name).register_forward_hook(lambda _, ids, __: seen[name].append(ids[0].unique()))
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            ids = args[0]
+            seen[name].append(ids[mask > 0].unique() if mask is not None and mask.shape == ids.shape else ids.unique())
+
+        return model.get_submodule(name).register_forward_hook(hook)
 
     handles = [note(name) for name in seen]
     try:
         device = next(model.parameters()).device
         for examples in data:
             for index in examples.batches(256):
-                task.outputs(model, examples.batch(index).to(device))
+                batch = examples.batch(index).to(device)
+                mask = batch.inputs.get("attention_mask")
+                task.outputs(model, batch)
     finally:
         for handle in handles:
             handle.remove()

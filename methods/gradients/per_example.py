@@ -86,18 +86,19 @@ def recording(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Iterat
     tape = Tape(batch)
 
     def hook(name: str) -> Callable:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if isinstance(module, nn.Embedding) and len(output) == 1 < len(batch):
-                # Looked up once for all examples (positions): each example needs a gradient of its own.
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            if len(output) == 1 < len(batch):
+                # Computed once for all examples (positions): each example needs a gradient of its own.
                 output = output.expand(len(batch), *output.shape[1:])
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            tape.uses.setdefault(name, []).append((inputs[0].detach().clone(), output, output._version))
+            (given,) = (*args, *kwargs.values())
+            tape.uses.setdefault(name, []).append((given.detach().clone(), output, output._version))
             return output
 
         return note
 
-    handles = [model.get_submodule(b.name).register_forward_hook(hook(b.name)) for b in blocks]
+    handles = [model.get_submodule(b.name).register_forward_hook(hook(b.name), with_kwargs=True) for b in blocks]
     try:
         yield tape
     finally:
@@ -132,13 +133,18 @@ def factors(
 def _use(block: Block, module: nn.Module, x: Tensor, d: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """One use of a module as (inputs, outputs, mask), each (B, T, ...)."""
     size = len(batch)
+    if len(x) == 1 < size:
+        x = x.expand(size, *x.shape[1:])
+    if len(x) != size or len(d) != size:
+        raise RuntimeError(f"{block.name}: its first axis has {len(x)} rows, not one for each of {size} examples")
     if block.kind == "embedding":
-        x = x.expand(size, *x.shape[1:]).reshape(size, -1)
+        x = x.reshape(size, -1)
+    elif block.kind == "norm":
+        x = layer_norm(x, module.normalized_shape, None, None, module.eps)  # type: ignore[arg-type]
+        x, d = x.reshape(size, -1, block.shape[1]), d.reshape(size, -1, block.shape[1])
     else:
-        if block.kind == "norm":
-            x = layer_norm(x, module.normalized_shape, None, None, module.eps)  # type: ignore[arg-type]
         x = x.reshape(size, -1, x.shape[-1])
-        if block.kind == "linear" and block.bias:
+        if block.bias:
             x = pad(x, (0, 1), value=1.0)
     d = d.reshape(size, -1, d.shape[-1])
     mask = batch.inputs.get("attention_mask")
@@ -163,7 +169,8 @@ def gradients(
         batch = examples.batch(index).to(parameter.device, parameter.dtype)
         with torch.enable_grad(), recording(model, blocks, batch) as tape:
             total = of(task.outputs(model, batch), batch.targets).sum()
-            yield index, factors(tape, model, blocks, total, None)
+            found = factors(tape, model, blocks, total, None)
+        yield index, found
 
 
 def output_gradients(
@@ -177,7 +184,8 @@ def output_gradients(
         with torch.enable_grad(), recording(model, blocks, batch) as tape:
             outputs = task.outputs(model, batch)
             root = task.objective.hessian_root(outputs.detach())
-            yield index, [factors(tape, model, blocks, outputs, root[..., r]) for r in range(root.shape[-1])]
+            found = [factors(tape, model, blocks, outputs, root[..., r]) for r in range(root.shape[-1])]
+        yield index, found
 
 
 def plain(found: Sequence[Factors]) -> list[Gradient]:

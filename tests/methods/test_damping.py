@@ -50,8 +50,8 @@ def test_impossible_settings_are_refused(rule: str, value: float, scope: str, ke
 
 
 def test_only_a_system_that_has_an_inverse_is_solved() -> None:
-    assert positive(0.1, 0.0, "it") == 0.1
-    assert positive(0.0, 0.2, "it") == 0.0
-    for strength, smallest in ((0.0, 0.0), (0.1, -0.1)):
-        with pytest.raises(UserError, match=r"method\.damping\.value.*leaves it singular"):
-            positive(strength, smallest, "it")
+    assert positive(0.1, 0.0, 1.0, "it") == 0.1
+    assert positive(0.0, 0.2, 1.0, "it") == 0.0
+    for strength, smallest in ((0.0, 0.0), (0.1, -0.1), (1e-16, 0.0)):
+        with pytest.raises(UserError, match=r"method\.damping\.value.*leave it singular"):
+            positive(strength, smallest, 1.0, "it")

@@ -388,7 +388,7 @@ def test_a_singular_block_is_refused() -> None:
     """γ = λ = 0: softmax is blind to a shift of all logits, so some eigenvalues are zero but for rounding."""
     task = three_classes()
     task = replace(task, recipe=replace(task.recipe, weight_decay=0.0))
-    with pytest.raises(UserError, match=r"method\.damping\.value.*layers\.0"):
+    with pytest.raises(UserError, match=r"method\.damping\.value.*layers\.1"):
         Influence(EKFAC("true"), Damping("absolute", 0.0, "block")).attribute(problem_of(task), task.splits["query"])
 
 

@@ -69,14 +69,9 @@ def test_a_stack_is_each_training_alone(name: str, own_batches: bool) -> None:
     assert not torch.allclose(stack["layers.linear0.weight"][0], stack["layers.linear0.weight"][2])
 
 
-@pytest.mark.parametrize("own_batches", [False, True], ids=["fixed", "own"])
-@pytest.mark.parametrize("bucket", [1, 3])
-def test_a_stack_of_token_models_is_each_alone_whatever_the_padding(bucket: int, own_batches: bool) -> None:
-    task = token_task(bucket=bucket, batch_size=4, momentum=0.9)
-    weights, seeds = masks(3, 23, 16), [1, 2, 1]
-    stack = train_stack(task, weights, seeds, own_batches)
-    for m, seed in enumerate(seeds):
-        assert_same({k: v[m] for k, v in stack.items()}, train(task, seed, weights[m], own_batches).final, 1e-12)
+def test_models_of_sequences_are_not_stacked() -> None:
+    with pytest.raises(ValueError, match="not stacked"):
+        train_stack(token_task(batch_size=4), masks(3, 23, 16), [1, 2, 1], own_batches=True)
 
 
 def test_stacked_measurements_are_those_of_each_model() -> None:
