@@ -41,8 +41,9 @@ $(VENV)/.dev: $(VENV)/.installed
 # The peers ask for torchvision and CUDA builds that their CPU paths never import: install them without dependencies,
 # and beside them the few light packages that they do import.
 peers: $(VENV)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps kronfluence curvlinops-for-pytorch traker
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv opt_einsum linear_operator backpack-for-pytorch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
+		kronfluence curvlinops-for-pytorch traker backpack-for-pytorch unfoldnd
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv linear_operator
 
 clean:
 	rm -rf results/runs results/cache results/tables results/sweeps
