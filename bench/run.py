@@ -323,9 +323,12 @@ def provenance(config: DictConfig, started: datetime) -> dict[str, Any]:
 
 
 def _overrides() -> list[str]:
+    """What was asked for, less where it was written to: that is nobody else's place."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    if not HydraConfig.initialized():
+        return []
+    return [override for override in HydraConfig.get().overrides.task if not override.startswith("out=")]
 
 
 def _commit() -> str | None:
