@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from bench import records
-from bench.tables import Table, main_column, number
+from bench.aggregate import Table, main_column, number
 
 SHORTEST = 1e-3  # seconds: what took less is drawn here
 STYLE: Any = {

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import figures, records, tables
+from bench import aggregate, figures, records, tables
 from tasks.errors import UserError
 
 KEPT = ("record.json", "config.yaml", "replicates.safetensors")
@@ -30,7 +30,7 @@ def keep(out: Path, to: Path, tasks: Sequence[str] | None = None) -> list[Path]:
 def write_tables(to: Path) -> list[Path]:
     """Every table and figure of the records that `to` holds."""
     written: list[Path] = []
-    for table in tables.tables(tables.load(to)):
+    for table in aggregate.tables(tables.load(to)):
         written += tables.write(table, to / "tables")
         written += figures.quality_against_seconds(table, to / "tables" / f"{table.name}.png")
     return written

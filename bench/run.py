@@ -355,7 +355,7 @@ def _gpu(device: str) -> str | None:
 
 def report(out: Path, outcomes: Sequence[Outcome]) -> str:
     """The tables of the tasks that these runs belong to, and where everything lies."""
-    from bench import figures, tables
+    from bench import aggregate, figures, formats, tables
 
     wanted = sorted({o.task for o in outcomes})
     keys = set()
@@ -364,11 +364,11 @@ def report(out: Path, outcomes: Sequence[Outcome]) -> str:
             record = records.read(Path(outcome.folder))
             keys.add((record["task"], record["data"]["fingerprint"], record["model"]))
     lines: list[str] = []
-    for table in tables.tables(tables.load(out, wanted)):
+    for table in aggregate.tables(tables.load(out, wanted)):
         files = tables.write(table, out / "tables")
         drawn = figures.quality_against_seconds(table, out / "tables" / f"{table.name}.png")
         if (table.task, table.fingerprint, table.model) in keys:
-            lines += ["", tables.to_console(table), "", f"table:  {files[0].with_suffix('')}.{{csv,md,tex}}"]
+            lines += ["", formats.to_console(table), "", f"table:  {files[0].with_suffix('')}.{{csv,md,tex}}"]
             lines += [f"figure: {path}" for path in drawn[:1]]
     for outcome in outcomes:
         if outcome.folder is not None:

@@ -25,7 +25,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_yaml_travels(installed: Path) -> None:
     ours = {p.relative_to(ROOT / "conf") for p in (ROOT / "conf").rglob("*.yaml")}
-    assert ours and ours == {p.relative_to(installed / "bench/conf") for p in (installed / "bench/conf").rglob("*.yaml")}
+    assert ours and ours == {
+        p.relative_to(installed / "bench/conf") for p in (installed / "bench/conf").rglob("*.yaml")
+    }
 
 
 def test_it_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import records, tables
+from bench import aggregate, records, tables
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 TEXTS = (".csv", ".md", ".tex")
 
 
 def test_the_kept_tables_are_rebuilt_from_the_kept_records(tmp_path: Path) -> None:
-    for table in tables.tables(tables.load(REFERENCE)):
+    for table in aggregate.tables(tables.load(REFERENCE)):
         tables.write(table, tmp_path)
     kept = {p.name: p.read_text(encoding="utf-8") for p in (REFERENCE / "tables").iterdir() if p.suffix in TEXTS}
     made = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()}

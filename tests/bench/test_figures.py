@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from bench import figures
+from bench.aggregate import Cell, Column, Row, Table
 from bench.figures import Point, colour, quality_against_seconds
-from bench.tables import Cell, Column, Row, Table
 from tasks.errors import UserError
 
 

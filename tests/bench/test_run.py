@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
+from bench import aggregate, records, tables
 from bench import config as configuration
-from bench import records, tables
 from bench.run import build_task, report, run
 from tasks.errors import UserError
 
@@ -172,7 +172,7 @@ def test_a_small_change_of_weight_is_what_the_exact_method_says(tmp_path: Path) 
 def test_a_report_shows_the_table_of_its_runs_and_where_they_lie(tmp_path: Path) -> None:
     settings = [*DIGITS, "evaluation=[lds]"]
     outcomes = [run(compose(tmp_path, *settings, f"method={m}")) for m in ("random", "graddot", "tfidf")]
-    shown = tables.tables(tables.load(tmp_path))
+    shown = aggregate.tables(tables.load(tmp_path))
     assert len(shown) == 1 and {row.label for row in shown[0].rows} == {"random", "graddot", "tfidf"}
     text = report(tmp_path, outcomes)
     assert all(str(outcome.folder) in text for outcome in outcomes)

@@ -11,26 +11,9 @@ import numpy as np
 import pytest
 
 from bench import records
-from bench.tables import (
-    Cell,
-    Row,
-    Stored,
-    Table,
-    cell_text,
-    escape_latex,
-    escape_markdown,
-    load,
-    main,
-    main_column,
-    number,
-    tables,
-    tidy,
-    to_console,
-    to_csv,
-    to_latex,
-    to_markdown,
-    write,
-)
+from bench.aggregate import Cell, Row, Stored, Table, main_column, number, tables
+from bench.formats import cell_text, escape_latex, escape_markdown, tidy, to_console, to_csv, to_latex, to_markdown
+from bench.tables import load, main, write
 
 COMMON = {"regime": "common", "fraction": 0.5, "subsets": 50, "repeats": 2, "seed": 0}
 FIXED = {"regime": "fixed", "sample": 100, "repeats": 1}
