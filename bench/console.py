@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 EVERY = 10.0  # seconds between two lines where stderr is no terminal
+WORTH_TELLING = 5  # finished parts from which a forecast is made: the first ones pay for the start of the workers
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Console:
         if done >= of or (not sys.stderr.isatty() and now - self._told < EVERY):
             return
         self._told = now
-        left = f", about {(of - done) * (now - self._started) / made:.0f} s left" if made else ""
+        left = f", about {(of - done) * (now - self._started) / made:.0f} s left" if made >= WORTH_TELLING else ""
         line = f"{name}: {done} of {of} retrainings, {now - self._started:.0f} s{left}"
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -102,7 +102,7 @@ def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: 
     lowest, highest = min(p.x for p in points), max(p.x for p in points)
     axes.set_xlim(lowest / 2, highest * 2 * (highest / lowest) ** 0.2)  # room for the labels on the right
     axes.margins(y=0.12)
-    axes.set_xlabel("attribution seconds")
+    axes.set_xlabel("seconds: attribution and the trainings that it uses")
     axes.set_ylabel(metric)
     axes.set_title(_wrapped(caption, 104), color="0.3", fontsize=7.5)
     axes.grid(axis="y", color="0.92", zorder=0)

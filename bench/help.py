@@ -26,7 +26,7 @@ KEYS = {
     "truth.lds.subsets=50": "settings of the truth of an evaluation",
     "task.seed=0": "what the data is: selection and corruption",
     "seed=0": "the explained run: initialisation and batch order",
-    "device=cpu precision=float32": "where and how exactly to compute",
+    "device=cpu": "where attribution is computed",
     "out=results": "where records go; a run that is there already is found, not done again",
     "rerun=true": "do it again all the same",
     "plan=true": "say what would be trained, how long and how much disk, and stop",

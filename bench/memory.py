@@ -10,7 +10,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """`bytes` is the largest resident set while any `measured` block ran; None where it cannot be reset."""
+    """`bytes` is the most that any `measured` block added to the resident set; None where that cannot be told."""
 
     bytes: int | None = None
 
@@ -18,13 +18,17 @@ class Peak:
     def measured(self) -> Iterator[None]:
         """Resets the kernel's high-water mark, so that earlier phases do not count."""
         can = False
+        before = 0
         with suppress(OSError):
             RESET.write_text("5")
+            before = _kibibytes("VmRSS")
             can = True
         try:
             yield
         finally:
             if can:
-                lines = STATUS.read_text().splitlines()
-                peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-                self.bytes = max(self.bytes or 0, peak)
+                self.bytes = max(self.bytes or 0, 1024 * (_kibibytes("VmHWM") - before))
+
+
+def _kibibytes(name: str) -> int:
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))

@@ -1,8 +1,12 @@
 """The story of a run: build task and method, explain, retrain, judge, write one record."""
 
+import hashlib
+import inspect
+import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,8 +57,10 @@ def run(config: DictConfig) -> Outcome:
     task, method = build_task(config), build_method(config)
     evaluations, executor = build_evaluations(config, task), _instantiate(config.executor)
     covered = coverage_of(task, method)
+    check_device(config.device)
     identity = {
         "config": configuration.run_key(config),
+        "code": source_of(method),
         "data": task.fingerprint(),
         "task": task.key(),
         "versions": [VERSION, TRAINING_VERSION],
@@ -69,6 +75,7 @@ def run(config: DictConfig) -> Outcome:
         if status != "failed":
             return Outcome(status, str(known), None, task.name, True)
 
+    check_writable(out)
     console = Console()
     started = datetime.now(UTC)
     record: dict[str, Any] = {
@@ -80,7 +87,7 @@ def run(config: DictConfig) -> Outcome:
         "data": {"source": task.source, "fingerprint": task.fingerprint()[:16], "n_train": len(task.train)},
         "model": task.model,
         "method": name,
-        "method_label": name,
+        "method_label": label_of(config, method),
         "seed": config.seed,
         "config": configuration.run_key(config),
         "coverage": covered,
@@ -94,7 +101,8 @@ def run(config: DictConfig) -> Outcome:
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:
-        record |= {"status": "failed", "reason": configuration.one_line(error)}
+        traceback.print_exc()
+        record |= {"status": "failed", "reason": configuration.one_line(error), "traceback": traceback.format_exc()}
     record["provenance"] = provenance(config, started)
     folder = records.write(
         out, record, OmegaConf.to_yaml(config, resolve=True), kept.scores, kept.ids, kept.replicates, replace=True
@@ -201,6 +209,8 @@ def _scorers(
                 scores = make()
             if tuple(scores.shape) != shape:
                 raise ValueError(f"{key}: shape {tuple(scores.shape)}, expected {shape}")
+            if not torch.isfinite(scores).any():
+                raise ValueError(f"{key}: no score is finite")
             took = time.perf_counter() - started
             console.seconds["attribution"] = console.seconds.get("attribution", 0.0) + took
             print(f"  {label}: {took:.1f} s", file=sys.stderr, flush=True)
@@ -242,14 +252,60 @@ def build_method(config: DictConfig) -> Method:
     return method
 
 
+def label_of(config: DictConfig, method: Method) -> str:
+    """The method's name in tables: a wrapper says what it wraps, `custom` which class it is."""
+    name = type(method).__name__ if config.choice.method == "custom" else str(config.choice.method)
+    wrapped = [str(option) for group, option in config.choice.items() if str(group).startswith("method@")]
+    return f"{name}({', '.join(wrapped)})" if wrapped else name
+
+
+def source_of(method: Method) -> str:
+    """Fingerprint of the file that the method's class stands in: an edited method is another method."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(type(method))).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return type(method).__qualname__
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        allowed = ["cpu", *(name for name, yes in there.items() if yes)]
+        raise UserError("device", device, "is not at hand", allowed=allowed) from error
+
+
+def check_writable(out: Path) -> None:
+    """Told before anything is trained."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError("out", str(out), "cannot be written", hint="name another folder")
+
+
 def build_evaluations(config: DictConfig, task: Task) -> dict[str, Evaluation]:
     """Those that the config asks for; impossible settings are refused before anything is trained."""
     chosen = {}
+    reasons = []
     for name in config.evaluation:
         if name not in config.truth:
             raise UserError("evaluation", name, "is unknown", allowed=list(config.truth))
-        chosen[name] = _instantiate(config.truth[name])
-        chosen[name].plan(task, config.seed)
+        evaluation = _instantiate(config.truth[name])
+        try:
+            evaluation.plan(task, config.seed)
+        except NotApplicable as reason:
+            reasons.append(str(reason))
+            continue
+        chosen[name] = evaluation
+    if reasons and not chosen:
+        raise UserError(
+            "evaluation", f"[{','.join(config.evaluation)}]", f"cannot judge task={task.name}", hint=reasons[0]
+        )
+    for why in reasons:
+        print(f"left out: {why}", file=sys.stderr)
     return chosen
 
 
@@ -334,10 +390,15 @@ def _overrides() -> list[str]:
 def _commit() -> str | None:
     import subprocess
 
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+    def git(*arguments: str) -> str:
+        place = Path(__file__).parent.parent
+        return subprocess.run(
+            ["git", *arguments], cwd=place, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    code = ("bench", "methods", "tasks", "conf")
+    return (commit + "-dirty" if git("status", "--porcelain", *code) else commit) or None
 
 
 def _cpu() -> str:

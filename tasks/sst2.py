@@ -106,9 +106,11 @@ def _read(
                     f"is not at hand: {HUB} could not be downloaded and is not in the local cache",
                     hint="give a folder with task.data_dir=, or take task.data=generated",
                 ) from error
-    from tasks.data.sentiment_grammar import generate
+    from tasks.data.sentiment_grammar import LARGEST, generate
 
-    sentences = generate(n_train + n_val + n_query + GENERATED_TEST, seed)
+    held_out = n_val + n_query + GENERATED_TEST
+    require(n_train + held_out <= LARGEST, "task.n_train", n_train, f"at most {LARGEST - held_out} (generated data)")
+    sentences = generate(n_train + held_out, seed)
     ids = tuple(f"generated:{i}" for i in range(len(sentences)))
     rows = Labelled(ids, tuple(s.text for s in sentences), tuple(s.label for s in sentences))
     pools = {"train": rows.select(range(n_train)), "held_out": rows.select(range(n_train, len(rows)))}

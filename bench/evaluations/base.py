@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench.statistics import Array, interval
+from bench.statistics import Array, centred, interval
 from tasks.base import Task, Trajectory
 from tasks.training.engines import Executor, Rows
 from tasks.training.plan import Plan
@@ -29,6 +29,10 @@ class Metric:
     ceiling: float | None = None
     nan: int = 0
     better: str | None = "higher"
+
+    def __post_init__(self) -> None:
+        most = 1.0 if self.better == "higher" else np.inf  # correlations, areas and shares end at 1
+        object.__setattr__(self, "replicates", centred(self.replicates, self.value, most))
 
     def entry(self) -> dict[str, Any]:
         low, high = interval(self.replicates) if len(self.replicates) else (None, None)
@@ -69,7 +73,8 @@ class Evaluation(Protocol):
     """A kind of question, with its own truth. Its settings are its fields."""
 
     def plan(self, task: Task, seed: int) -> Plan | None:
-        """The retrainings that its truth needs; refuses impossible settings before anything is trained."""
+        """The retrainings that its truth needs; refuses impossible settings before anything is trained, and raises
+        `NotApplicable` where the task has nothing to judge by."""
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         """The metrics that it adds to the record, by name."""

@@ -26,13 +26,19 @@ class Detection:
             require(0 < share < 1, "truth.detection.inspected", share, "shares between 0 and 1")
 
     def plan(self, task: Task, seed: int) -> None:
-        return None
+        """Nothing to retrain; but some labels must be known to be wrong."""
+        self.wrong(task)
+
+    def wrong(self, task: Task) -> np.ndarray:
+        """Which training rows carry a planted error, (N,)."""
+        flipped = task.annotations.flipped if task.annotations else frozenset()
+        positive = np.array([i in flipped for i in task.train.ids])
+        if not positive.any() or positive.all():
+            raise NotApplicable("detection needs labels that are known to be wrong: task.corruption.rate= plants them")
+        return positive
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
-        flipped = case.task.annotations.flipped if case.task.annotations else frozenset()
-        positive = np.array([i in flipped for i in case.task.train.ids])
-        if not positive.any() or positive.all():
-            raise NotApplicable("detection needs labels that are known to be wrong, and others that are not")
+        positive = self.wrong(case.task)
         metrics: dict[str, Metric] = {}
         for name, make in {"value": lambda: case.value()[None], "attribution": lambda: case.attribution("val")}.items():
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from bench import aggregate, records, tables
@@ -190,6 +191,8 @@ BAD = {
     "method.damping.rule=none": "allowed: absolute, mean_eigenvalue, trace",
     "method.modules=[nothing]": "matches no module",
     "model=bert_tiny": "does not read text",
+    "device=warp": "device=warp is not at hand; allowed: cpu",
+    "evaluation=[detection]": "labels that are known to be wrong",
     "evaluation=[lsd]": "evaluation=lsd is unknown; allowed: lds, loo, detection",
 }
 
@@ -241,3 +244,36 @@ def test_annotations_never_reach_a_method(tmp_path: Path) -> None:
     public = task.public()
     assert public.annotations is None and not public.facts
     assert "flipped" not in json.dumps(public.identity)
+
+
+def test_an_edited_method_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "edited_method.py"
+    head = "import torch\nfrom methods.base import Method\n"
+    text = head + "class Ones(Method):\n    def value(self, problem):\n        return torch.ones(120)\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = [*DIGITS, "method=custom", "method._target_=edited_method.Ones", "evaluation=[]"]
+    source.write_text(text)
+    first = run(compose(tmp_path / "out", *settings))
+    assert run(compose(tmp_path / "out", *settings)).found
+    source.write_text(text.replace("torch.ones(120)", "2 * torch.ones(120)"))
+    second = run(compose(tmp_path / "out", *settings))
+    assert not second.found and second.folder != first.folder
+    assert records.read(Path(str(second.folder)))["method_label"] == "Ones"
+
+
+def test_a_wrapper_says_what_it_wraps(tmp_path: Path) -> None:
+    settings = [*DIGITS, "method=self_influence", "method@method.base=graddot", "evaluation=[]"]
+    assert (
+        records.read(Path(str(run(compose(tmp_path, *settings)).folder)))["method_label"] == "self_influence(graddot)"
+    )
+
+
+def test_scores_without_a_finite_number_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.baselines.Random.attribute", lambda *_: torch.full((12, 120), torch.nan))
+    outcome = run(compose(tmp_path, *DIGITS, "method=random", "evaluation=[lds]"))
+    assert outcome.status == "failed" and "no score is finite" in str(outcome.reason)
+
+
+def test_more_generated_rows_than_there_are_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task.n_train=60000 .* at most 48700 \(generated data\)"):
+        run(compose(tmp_path, "task=sst2", "task.data=generated", "task.n_train=60000"))

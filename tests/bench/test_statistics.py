@@ -17,6 +17,7 @@ from bench.statistics import (
     bootstrap_correlation,
     bootstrap_slope,
     ceiling,
+    centred,
     found_in_first,
     interval,
     pearson,
@@ -269,3 +270,11 @@ def test_stratified_counts_keep_both_strata() -> None:
     assert np.array_equal(counts, stratified_counts(positive, 1, 300))
     assert not np.array_equal(counts, stratified_counts(positive, 2, 300))
     assert abs(counts.mean(0) - 1).max() < 4 / 300**0.5
+
+
+def test_centred_replicates_have_the_estimate_in_their_middle() -> None:
+    replicates = np.random.default_rng(0).normal(0.3, 0.05, 1000)
+    moved = centred(replicates, 0.4)
+    assert moved.mean() == pytest.approx(0.4) and moved.std() == pytest.approx(replicates.std())
+    assert centred(replicates, 0.99, 1.0).max() == 1.0
+    assert len(centred(np.empty(0), 0.4)) == 0
