@@ -2,7 +2,7 @@
 
     python -m bench.reference out=results [to=results/reference] [task=sst2]
 
-What is kept is enough to rebuild every table: record.json, config.yaml and the bootstrap replicates.
+What is kept is enough to rebuild every table: record.json, which holds the config, and the bootstrap replicates.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import aggregate, figures, records, tables
 from tasks.errors import UserError
 
-KEPT = ("record.json", "config.yaml", "replicates.safetensors")
+KEPT = ("record.json", "replicates.safetensors")
 
 
 def keep(out: Path, to: Path, tasks: Sequence[str] | None = None) -> list[Path]:
