@@ -35,7 +35,10 @@ class Metric:
         object.__setattr__(self, "replicates", centred(self.replicates, self.value, most))
 
     def entry(self) -> dict[str, Any]:
-        low, high = interval(self.replicates) if len(self.replicates) else (None, None)
+        low = high = None
+        if len(self.replicates):
+            low, high = interval(self.replicates)
+            low, high = min(low, self.value), max(high, self.value)  # all but a few replicates may be one number
         return {
             "value": self.value,
             "low": low,

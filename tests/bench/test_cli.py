@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -204,11 +204,16 @@ def test_help_lists_every_yaml() -> None:
     assert all(len(line) <= 120 for line in lines)
 
 
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_quick_and_writes_nothing(cwd: Path, flag: str) -> None:
-    before = time.perf_counter()
+    before = cpu_seconds()
     status, out, err = process(cwd, flag)
-    assert time.perf_counter() - before < 2
+    assert cpu_seconds() - before < 2  # of the processor: what a busy machine adds is not its debt
     assert (status, err) == (0, "")
     assert "usage: bench" in out and "digits" in out
     assert files(cwd) == []
