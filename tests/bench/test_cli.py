@@ -382,6 +382,7 @@ def test_ctrl_c(cwd: Path, toys: Path, sweep: list[str]) -> None:
     with subprocess.Popen(
         [*CLI, *arguments],
         cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
         env=environment(toys),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
