@@ -219,8 +219,9 @@ def _publish(aside: Path, target: Path, replace: bool) -> None:
         try:
             aside.rename(target)
         except BaseException as error:
-            taken = isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.EACCES)
-            if taken and target.exists():  # a twin's record came in between
+            code = error.errno if isinstance(error, OSError) else None
+            # A twin's record came in between; another twin may have moved it away again by now.
+            if code in (errno.EEXIST, errno.ENOTEMPTY) or (code == errno.EACCES and target.exists()):
                 if old is not None:
                     shutil.rmtree(old, ignore_errors=True)
                 continue
