@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; parallel work is done by processes
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's own package, as with python -m
+    prepare()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -39,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
+
+
+def prepare() -> None:
+    """The process's surroundings, set before torch is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # parallel work is done by processes
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own package, as with python -m
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -68,6 +73,8 @@ def single(overrides: Sequence[str]) -> int:
     from bench import config
 
     composed = config.compose(overrides)
+    if composed.choice.study is not None:
+        raise UserError("study", composed.choice.study, "is a sweep", hint="add -m")
     config.check(composed)
     outcomes: list[Outcome] = []
     errors: list[Exception] = []

@@ -3,7 +3,8 @@
 One table a task, data and model. A row is a method's configuration without its seed: several seeds are one row, with
 the mean over seeds, the bootstrap interval of that mean and, from three seeds on, the spread over seeds as its own
 figure. A column is a metric with its truth: numbers measured against different truths never meet in one column. The
-best of a column is bold, and so is every method that the paired bootstrap cannot tell from the best. Cells with a
+best of a column is bold, and so is every method that the paired bootstrap, Holm-corrected over the column, cannot tell
+from the best. Cells with a
 footnote (unfit, or some seeds without a number) are shown but not ranked.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench import records
+from bench.statistics import around, crossed, holm, interval, paired_difference
 
 COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
 LDS_LOO = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")
@@ -26,7 +28,7 @@ LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")
 MAIN = ("lds", *DETECTION, "loo_spearman", "loo_pearson")
 SEED_SPREAD_FROM = 3
-INTERVAL = (2.5, 97.5)
+LEVEL = 0.05
 
 Stored = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]  # a record and its replicates
 
@@ -87,6 +89,7 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     truths: tuple[str, ...]
+    differences: "tuple[Difference, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,11 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
         entries[entry.row, entry.column][entry.seed] = entry
     columns = _columns(found, any(record["status"] != "ok" for record, _ in group))
     cells = {(row, column): _cell(entries.get((row, column), {}), by_row[row]) for row in by_row for column in columns}
+    differences: list[Difference] = []
     for column, head in columns.items():
-        for row in _best({row: cells[row, column] for row in by_row}, entries, column, head.better):
+        best, paired = _compared({row: cells[row, column] for row in by_row}, entries, column, head.better)
+        differences += paired
+        for row in best:
             if cell := cells[row, column]:
                 cells[row, column] = replace(cell, best=True)
 
@@ -155,6 +161,10 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
             costs=_costs(records_of_row),
         )
         for label, (row, records_of_row) in zip(labels, by_row.items(), strict=True)
+    ]
+    named = dict(zip(by_row, labels, strict=True))
+    differences = [
+        replace(d, column=columns[d.column].label, best=named[d.best], row=named[d.row]) for d in differences
     ]
     main = _main(heads, rows)
     rows, notes = _footnotes(sorted(rows, key=lambda row: _rank(row, main, heads)))
@@ -175,6 +185,7 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
         rows=tuple(rows),
         notes=tuple(notes),
         truths=_truths(heads),
+        differences=tuple(differences),
     )
 
 
@@ -356,8 +367,8 @@ def _interval(entries: Sequence[_Entry]) -> tuple[float | None, float | None]:
     if len(entries) > 1:
         averaged = _averaged(entries)
         if averaged is not None and np.isfinite(averaged).any():
-            low, high = np.nanpercentile(averaged, INTERVAL)
-            return float(low), float(high)
+            value = float(np.mean([entry.metric["value"] for entry in entries]))
+            return interval(around(averaged, value))
     bounds = [(entry.metric.get("low"), entry.metric.get("high")) for entry in entries]
     if any(bound is None for pair in bounds for bound in pair):
         return None, None
@@ -366,7 +377,7 @@ def _interval(entries: Sequence[_Entry]) -> tuple[float | None, float | None]:
 
 
 def _averaged(entries: Sequence[_Entry]) -> np.ndarray | None:
-    """Replicates (R,) averaged over seeds index by index; None unless every seed has R of them."""
+    """Replicates (R,), or parts (3, R), averaged over seeds index by index; None unless every seed has R of them."""
     arrays = [entry.replicates for entry in entries if entry.replicates is not None]
     if not arrays or len(arrays) < len(entries) or len({array.shape for array in arrays}) > 1:
         return None
@@ -396,37 +407,68 @@ def _join(texts: Iterable[str | None]) -> str:
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _best(
-    cells: Mapping[str, Cell | None],
-    entries: Entries,
-    column: str,
-    better: str | None,
-) -> list[str]:
-    """The best row of a column and those that are not worse than it beyond doubt; none where fewer than two compete."""
+@dataclass(frozen=True)
+class Difference:
+    """The best of a column − another row, on the seeds that both have: paired bootstrap, `p` by Holm over the column."""
+
+    column: str
+    best: str
+    row: str
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def _compared(
+    cells: Mapping[str, Cell | None], entries: Entries, column: str, better: str | None
+) -> tuple[list[str], list[Difference]]:
+    """The best row of a column with those that are not worse than it beyond doubt, and the differences that say so;
+    none where fewer than two compete."""
     if better is None:
-        return []
+        return [], []
     ranked = {row: cell.value for row, cell in cells.items() if cell and cell.value is not None and cell.reason is None}
     if len(ranked) < 2:
-        return []
+        return [], []
     first = max(ranked, key=lambda row: float(goodness(ranked[row], better)))
-    return [
+    found = {
+        row: paired
+        for row in ranked
+        if row != first and (paired := _paired(entries[first, column], entries[row, column], better)) is not None
+    }
+    adjusted = dict(zip(found, holm(np.array([p for *_, p in found.values()])), strict=True)) if found else {}
+    differences = [Difference(column, first, row, *found[row][:3], float(adjusted[row])) for row in found]
+    best = [
         row
         for row in ranked
         if row == first
         or goodness(ranked[row], better) == goodness(ranked[first], better)
-        or _tied(entries[first, column], entries[row, column], better)
+        or adjusted.get(row, 0.0) > LEVEL
     ]
+    return best, differences
 
 
-def _tied(best: Mapping[int, _Entry], other: Mapping[int, _Entry], better: str) -> bool:
-    """Whether the 95 % interval of the paired difference best − other, over the seeds that both have, reaches 0."""
+def _paired(
+    best: Mapping[int, _Entry], other: Mapping[int, _Entry], better: str
+) -> tuple[float, float, float, float] | None:
+    """(difference, low, high, p) of best − other in goodness, over the seeds that both have; None without replicates."""
     seeds = sorted(set(best) & set(other))
-    ours, theirs = _averaged([best[seed] for seed in seeds]), _averaged([other[seed] for seed in seeds])
-    if ours is None or theirs is None or ours.shape != theirs.shape:
-        return False
-    difference = goodness(ours, better) - goodness(theirs, better)
-    difference = difference[np.isfinite(difference)]
-    return bool(difference.size) and bool(np.percentile(difference, INTERVAL[0]) <= 0)
+    ours, theirs = [best[seed] for seed in seeds], [other[seed] for seed in seeds]
+    a, b = _averaged(ours), _averaged(theirs)
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    values = [float(np.mean([entry.metric["value"] for entry in side])) for side in (ours, theirs)]
+    if a.ndim == 2 and better in ("higher", "lower"):  # the parts of a difference are the difference of the parts
+        a, b = (
+            goodness(values[0], better) + crossed(goodness(a - b, better)),
+            np.full(a.shape[1], goodness(values[1], better)),
+        )
+    else:
+        a, b = (goodness(around(side, value), better) for side, value in zip((a, b), values, strict=True))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.any():
+        return None
+    return paired_difference(a[finite], b[finite], *(goodness(value, better) for value in values))
 
 
 def goodness(value: Any, better: str) -> Any:

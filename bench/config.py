@@ -75,6 +75,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     """The points of a multirun, in the order in which Hydra's basic sweeper numbers its jobs."""
     with _hydra() as loader:
         parsed = _parse(open_custom(overrides), loader)
+        parsed = _parse(_of_study(parsed, loader), loader) + parsed
         for_hydra = [str(o.input_line) for o in parsed if o.is_hydra_override()]
         swept = [o for o in parsed if not o.is_hydra_override()]
         for o in swept:
@@ -261,6 +262,15 @@ def _is_group(override: Override, loader: ConfigLoader) -> bool:
     key = override.key_or_group
     named = override.package is not None or "/" in key or bool(loader.get_group_options(key))
     return named and (override.is_sweep_override() or not isinstance(override.value(), dict))
+
+
+def _of_study(parsed: list[Override], loader: ConfigLoader) -> list[str]:
+    """The values that a chosen study sweeps, as Hydra's sweeper reads them: before what the user says, which holds."""
+    chosen = [o for o in parsed if o.key_or_group == "study" and not o.is_sweep_override()]
+    if not chosen:
+        return []
+    params = _composed(chosen, loader).hydra.sweeper.params or {}
+    return [f"{key}={value}" for key, value in params.items()]
 
 
 def _full_key(override: Override) -> str:

@@ -226,3 +226,13 @@ def to_csv(table: Table) -> str:
     writer.writeheader()
     writer.writerows(tidy(table))
     return file.getvalue()
+
+
+def differences_to_csv(table: Table) -> str:
+    """Each row against the best of each column: difference, its interval, p by Holm over the column."""
+    file = io.StringIO()
+    fields = ("column", "best", "row", "difference", "low", "high", "p")
+    writer = csv.DictWriter(file, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({field: getattr(found, field) for field in fields} for found in table.differences)
+    return file.getvalue()

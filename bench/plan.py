@@ -12,7 +12,14 @@ from tasks.training.recipe_steps import steps_of
 from tasks.training.retrain import store_of
 
 
-def planned_work(task: Task, evaluations: Mapping[str, Evaluation], seed: int, cache: Path, executor: Executor) -> str:
+def planned_work(
+    task: Task,
+    evaluations: Mapping[str, Evaluation],
+    seed: int,
+    cache: Path,
+    executor: Executor,
+    shipped: Path | None = None,
+) -> str:
     """A few lines. Seconds come from one timed step on this machine, rows that the store holds are not counted."""
     parameters = sum(p.numel() for p in task.initial(0).parameters())
     lines = [
@@ -20,7 +27,7 @@ def planned_work(task: Task, evaluations: Mapping[str, Evaluation], seed: int, c
         f"explained model: 1 training, {steps_of(task.recipe, len(task.train))} steps",
     ]
     step = _seconds_of_a_step(task)
-    done = store_of(task, cache / "truth").read()
+    done = store_of(task.public(), cache / "truth", shipped).read()
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(task, seed)
         if plan is None:

@@ -165,12 +165,14 @@ def write(
     scores: Mapping[str, np.ndarray],
     ids: Mapping[str, Sequence[str]],
     replicates: Mapping[str, np.ndarray],
+    by_query: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     *,
     replace: bool = False,
 ) -> Path:
     """Stores one run and returns its folder, which appears whole or not at all.
 
     A readable record that is already there (a twin's, say) stays as it is unless `replace`; a damaged one is replaced.
+    `by_query`: metric -> named arrays (Q,), such as each query's value, reliability and ceiling.
     `scores` `attribution/<split>` (Q, N) must fit `ids[<split>]` and `ids["train"]` where these are given.
     Raises ValueError for a malformed record or array, UserError when the folder cannot be written.
     """
@@ -178,6 +180,9 @@ def write(
     validate(record)
     scores = {name: _array(name, array) for name, array in scores.items()}
     replicates = {name: _array(name, array).astype(np.float32) for name, array in replicates.items()}
+    queries = {
+        f"{metric}/{name}": _array(name, array) for metric, of in (by_query or {}).items() for name, array in of.items()
+    }
     _check_shapes(scores, ids, replicates)
     target = folder(out, record)
     if not replace and is_readable(target):
@@ -189,6 +194,8 @@ def write(
             (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
             safetensors.numpy.save_file(scores, aside / "scores.safetensors", metadata={"ids": json.dumps(_lists(ids))})
             safetensors.numpy.save_file(replicates, aside / "replicates.safetensors")
+            if queries:
+                safetensors.numpy.save_file(queries, aside / "queries.safetensors")
             (aside / "record.json").write_text(dumps(record), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _sync(path)
@@ -289,8 +296,8 @@ def _check_shapes(
                 expected = ", ".join(f"{axis}: {len(ids[axis]) if axis in ids else 'any'}" for axis in axes)
                 raise ValueError(f"scores {name}: shape {array.shape} does not fit ({expected})")
     for name, array in replicates.items():
-        if array.ndim != 1:
-            raise ValueError(f"replicates {name}: shape (R,) is expected, not {array.shape}")
+        if array.ndim != 1 and (array.ndim != 2 or len(array) != 3):
+            raise ValueError(f"replicates {name}: shape (R,) or (3, R) is expected, not {array.shape}")
 
 
 def _lists(ids: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -342,8 +349,13 @@ def read_all(out: str | os.PathLike[str], tasks: Iterable[str] | None = None) ->
 
 
 def read_replicates(folder: Path) -> dict[str, np.ndarray]:
-    """Bootstrap replicates (R,) by metric; empty where a kept record has none; ValueError when damaged."""
+    """Bootstrap replicates (R,), or parts (3, R), by metric; empty where a kept record has none; ValueError when damaged."""
     return _load(Path(folder) / "replicates.safetensors")
+
+
+def read_queries(folder: Path) -> dict[str, np.ndarray]:
+    """Arrays (Q,) by `<metric>/<name>`: what each query contributes to a metric; empty where none are kept."""
+    return _load(Path(folder) / "queries.safetensors")
 
 
 def read_scores(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:

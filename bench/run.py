@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench import config as configuration
 from bench import records
 from bench.console import Console
-from bench.evaluations.base import Case, Evaluation, NotApplicable
+from bench.evaluations.base import Case, Evaluation, NotApplicable, Unfit
 from bench.memory import Peak
 from bench.plan import planned_work
 from methods.base import Method, Problem, Unsupported
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> Outcome:
     }
     run_id = records.run_id(identity)
     if config.plan:
-        print(planned_work(task, evaluations, config.seed, out / "cache", executor))
+        print(planned_work(task, evaluations, config.seed, out / "cache", executor, shipped_truth()))
         return Outcome("ok", None, "planned only", task.name, False)
     known = records.find(out, task.name, name, run_id)
     if known is not None and not config.rerun:
@@ -95,7 +95,7 @@ def run(config: DictConfig) -> Outcome:
         "fitness": {},
         "cost": {},
     }
-    kept = Kept({}, {}, {})
+    kept = Kept({}, {}, {}, {})
     try:
         _judge(config, task, method, evaluations, executor, console, record, kept)
     except (UserError, KeyboardInterrupt):
@@ -105,7 +105,14 @@ def run(config: DictConfig) -> Outcome:
         record |= {"status": "failed", "reason": configuration.one_line(error), "traceback": traceback.format_exc()}
     record["provenance"] = provenance(config, started)
     folder = records.write(
-        out, record, OmegaConf.to_yaml(config, resolve=True), kept.scores, kept.ids, kept.replicates, replace=True
+        out,
+        record,
+        OmegaConf.to_yaml(config, resolve=True),
+        kept.scores,
+        kept.ids,
+        kept.replicates,
+        kept.by_query,
+        replace=True,
     )
     return Outcome(record["status"], str(folder), record["reason"], task.name, False)
 
@@ -117,6 +124,7 @@ class Kept:
     scores: dict[str, np.ndarray]
     ids: dict[str, Sequence[str]]
     replicates: dict[str, np.ndarray]
+    by_query: dict[str, dict[str, np.ndarray]]
 
 
 def _judge(
@@ -163,6 +171,7 @@ def _judge(
         store=cache / "truth",
         executor=executor,
         progress=console.progress,
+        shipped=shipped_truth(),
     )
     if not evaluations:
         for make in (lambda: attribution("query"), value):
@@ -170,10 +179,12 @@ def _judge(
     for name, evaluation in evaluations.items():
         with console.phase("evaluation", name):
             found = _try(lambda evaluation=evaluation: evaluation.evaluate(case), record)  # type: ignore[misc]
+        kept.by_query.update({metric: dict(entry.by_query) for metric, entry in (found or {}).items()})
         for metric, entry in (found or {}).items():
             record["metrics"][metric] = entry.entry()
             if len(entry.replicates):
                 kept.replicates[metric] = entry.replicates
+    record["truths"] = case.notes
     if not kept.scores and record["status"] == "ok":
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
     attributed = console.seconds.get("attribution", 0.0)
@@ -193,7 +204,9 @@ def _try(make: Callable[[], Any], record: dict[str, Any]) -> Any:
         return make()
     except (Unsupported, NotApplicable) as reason:
         record.setdefault("notes", []).append(str(reason))
-        return None
+    except Unfit as reason:
+        record |= {"status": "unfit", "reason": str(reason)}
+    return None
 
 
 def _scorers(
@@ -275,6 +288,12 @@ def check_device(device: str) -> None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         allowed = ["cpu", *(name for name, yes in there.items() if yes)]
         raise UserError("device", device, "is not at hand", allowed=allowed) from error
+
+
+def shipped_truth() -> Path | None:
+    """Finished trainings that a checkout brings along, so that a stranger scores a method without retraining."""
+    place = Path(__file__).resolve().parent.parent / "results" / "reference" / "truth"
+    return place if place.is_dir() else None
 
 
 def check_writable(out: Path) -> None:

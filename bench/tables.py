@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import records
 from bench.aggregate import Stored, Table, tables
-from bench.formats import to_console, to_csv, to_latex, to_markdown
+from bench.formats import differences_to_csv, to_console, to_csv, to_latex, to_markdown
 from bench.records import Record
 from tasks.errors import UserError
 
@@ -37,11 +37,15 @@ def load(out: str | Path, tasks: Iterable[str] | None = None) -> list[Stored]:
 
 
 def write(table: Table, folder: str | Path) -> list[Path]:
-    """Writes <name>.csv, .md and .tex into the folder, each of them whole or not at all."""
+    """Writes <name>.csv, .md and .tex into the folder, and <name>-differences.csv (each row against the best of each
+    column) where rows were compared; each file whole or not at all."""
     paths = [Path(folder) / f"{table.name}.{suffix}" for suffix in ("csv", "md", "tex")]
     with records.writable(folder):
         for path in paths:
             records.write_bytes(path, FORMATS[path.suffix[1:]](table).encode())
+        if table.differences:
+            paths.append(Path(folder) / f"{table.name}-differences.csv")
+            records.write_bytes(paths[-1], differences_to_csv(table).encode())
     return paths
 
 

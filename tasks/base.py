@@ -176,6 +176,9 @@ class Objective(Protocol):
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What is attributed, (B,): higher is better for the query."""
 
+    def loss_of_measurement(self, m: Tensor) -> Tensor:
+        """ℓ(m), elementwise: the loss of an example whose measurement is m."""
+
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S (B, O, R) with S Sᵀ = ∂²loss/∂outputs² of each example."""
 

@@ -8,8 +8,8 @@ import torch
 
 from tasks.base import Examples, Task, named_seed
 from tasks.data.corruption import Corruption
-from tasks.errors import UserError, require
-from tasks.models.mlp import MLP
+from tasks.errors import require
+from tasks.models.mlp import vector_model
 from tasks.objectives.classification import Classification
 
 VERSION = 1
@@ -18,8 +18,7 @@ CLASSES = 10
 
 def digits(model: Any, n_train: int, n_val: int, n_query: int, seed: int, corruption: Corruption) -> Task:
     """1,797 images, pixels / 16. Rows are drawn by `seed`; what train, val and query leave is the test split."""
-    if not isinstance(model, MLP):
-        raise UserError("model", model.name, "does not read vectors, which task=digits gives", allowed="logreg, mlp")
+    model = vector_model(model, "digits", "classification", ("logreg", "mlp"))
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -56,7 +55,7 @@ def digits(model: Any, n_train: int, n_val: int, n_query: int, seed: int, corrup
         model=model.name,
         source="bundled",
         floor={"accuracy": 0.8},
-        identity={"version": VERSION, "hidden": list(model.hidden)},
+        identity={"version": VERSION, "hidden": list(model.hidden), "dropout": model.dropout},
         dtype=dtype,
         annotations=annotations,
     )

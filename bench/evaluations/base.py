@@ -1,13 +1,14 @@
 """What an evaluation sees, and what it answers."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from bench.statistics import Array, centred, interval
+from bench.statistics import Array, around, centred, interval
 from tasks.base import Task, Trajectory
 from tasks.training.engines import Executor, Rows
 from tasks.training.plan import Plan
@@ -18,9 +19,17 @@ class NotApplicable(Exception):
     """The task has nothing that this evaluation could judge by, or the method does not offer what it judges."""
 
 
+class Unfit(Exception):
+    """The truth came out and cannot be trusted: no number is better than one judged by it."""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One number of a record, with its bootstrap replicates. `better`: higher, lower, one, or None: not ranked."""
+    """One number of a record, with its bootstrap replicates: (R,), or (3, R) of `bootstrap_parts` where rows and queries
+    were resampled. `better`: higher, lower, one, or None: not ranked.
+
+    `by_query`: arrays (Q,) that the number and its ceiling are means of. `most`: what it cannot exceed.
+    """
 
     value: float
     replicates: Array
@@ -29,15 +38,21 @@ class Metric:
     ceiling: float | None = None
     nan: int = 0
     better: str | None = "higher"
+    by_query: Mapping[str, Array] = field(default_factory=dict)
+    most: float = 1.0  # of correlations, areas and shares
 
     def __post_init__(self) -> None:
-        most = 1.0 if self.better == "higher" else np.inf  # correlations, areas and shares end at 1
-        object.__setattr__(self, "replicates", centred(self.replicates, self.value, most))
+        if self.replicates.ndim == 1:
+            object.__setattr__(self, "replicates", centred(self.replicates, self.value, self._most))
+
+    @property
+    def _most(self) -> float:
+        return self.most if self.better == "higher" else np.inf
 
     def entry(self) -> dict[str, Any]:
         low = high = None
-        if len(self.replicates):
-            low, high = interval(self.replicates)
+        if self.replicates.size:
+            low, high = interval(np.minimum(around(self.replicates, self.value), self._most))
             low, high = min(low, self.value), max(high, self.value)  # all but a few replicates may be one number
         return {
             "value": self.value,
@@ -54,7 +69,10 @@ class Metric:
 @dataclass(frozen=True)
 class Case:
     """One method on one task, to be judged. `attribution(split)` (queries, N) and `value()` (N,) are made when first
-    asked for, and raise `NotApplicable` where the method does not offer them."""
+    asked for, and raise `NotApplicable` where the method does not offer them.
+
+    `shipped`: a folder of finished trainings that is only read. `notes`: how each truth came about, for the record.
+    """
 
     task: Task
     seed: int
@@ -65,19 +83,33 @@ class Case:
     store: Path
     executor: Executor
     progress: Callable[[str, int, int], None]
+    shipped: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def retrain(self, name: str, plan: Plan) -> Rows:
         """Measurements after each training of the plan, from the store or made now."""
-        return retrain(self.task, plan, self.store, self.executor, lambda done, of: self.progress(name, done, of))
+        there: list[int] = []
+
+        def tell(done: int, of: int) -> None:
+            there.append(done)
+            self.progress(name, done, of)
+
+        started = time.perf_counter()
+        rows = retrain(self.task, plan, self.store, self.executor, tell, self.shipped)
+        made = len(set(plan.keys())) - there[0] if there else 0
+        note = self.notes.setdefault(name, {"engine": self.executor.engine_for(self.task), "trainings": 0, "made": 0})
+        note["trainings"] += len(plan)
+        note["made"] += made
+        note["seconds"] = note.get("seconds", 0.0) + time.perf_counter() - started
+        return rows
 
 
 class Evaluation(Protocol):
     """A kind of question, with its own truth. Its settings are its fields."""
 
     def plan(self, task: Task, seed: int) -> Plan | None:
-        """The retrainings that its truth needs; refuses impossible settings before anything is trained, and raises
-        `NotApplicable` where the task has nothing to judge by."""
+        """The retrainings that its truth needs whatever the method says; refuses impossible settings before anything
+        is trained, and raises `NotApplicable` where the task has nothing to judge by."""
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         """The metrics that it adds to the record, by name."""

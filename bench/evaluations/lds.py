@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
+from torch import Tensor
 
+from bench.evaluations.agreement import CORRELATIONS, correlated
 from bench.evaluations.base import Case, Metric, finite
-from bench.statistics import bootstrap_correlation, ceiling, spearman
-from tasks.base import Task, digest
-from tasks.errors import UserError
+from tasks.base import Task
+from tasks.errors import UserError, require
 from tasks.training.plan import REGIMES, Plan, planned, random_subsets
 
 
@@ -16,7 +16,10 @@ class LDS:
     """Retrain on S random subsets, `repeats` times each; predict a query's measurement by the sum of its scores over
     the subset:  LDS = mean_q Spearman_s( Σ_{i ∈ S_s} score(q, i),  mean over repeats of m_s(q) ).
 
-    The ceiling is what a perfect method would reach against so noisy a truth; `fixed` has no noise and no ceiling.
+    `weight` is what the losses of the examples outside the subset are multiplied with: 0 removes them, near 1 is a
+    perturbation, and the sum goes over all examples by their weights. `lds_pearson` and `lds_kendall` (τ-b) are the
+    same with another correlation. The ceiling is what a perfect method would reach against so noisy a truth; `fixed`
+    has no noise and no ceiling.
     """
 
     subsets: int
@@ -24,38 +27,38 @@ class LDS:
     regime: str
     fraction: float
     seed: int
+    weight: float = 0.0
+    correlations: tuple[str, ...] = ("spearman",)
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise UserError("truth.lds.regime", self.regime, allowed=REGIMES)
+        require(0 <= self.weight < 1, "truth.lds.weight", self.weight, "0 <= weight < 1; 0 removes")
+        object.__setattr__(self, "correlations", tuple(self.correlations))
+        for name in self.correlations or ("",):
+            if name not in CORRELATIONS:
+                raise UserError("truth.lds.correlations", f"[{','.join(self.correlations)}]", allowed=CORRELATIONS)
+
+    def weights(self, task: Task) -> Tensor:
+        """(S, N): 1 inside a subset, `weight` outside."""
+        masks = random_subsets(len(task.train), self.subsets, self.fraction, self.seed)
+        return masks + self.weight * (1 - masks)
 
     def plan(self, task: Task, seed: int) -> Plan:
-        masks = random_subsets(len(task.train), self.subsets, self.fraction, self.seed)
-        return planned(masks, self.repeats, self.regime, self.seed, seed)
+        return planned(self.weights(task), self.repeats, self.regime, self.seed, seed, "truth.lds")
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         scores, nan = finite(case.attribution("query"))
-        plan = self.plan(case.task, case.seed)
-        measured = case.retrain("lds", plan)["query"]
+        measured = case.retrain("lds", self.plan(case.task, case.seed))["query"]
         runs = measured.reshape(-1, self.subsets, measured.shape[1])  # (repeats, S, Q)
-        masks = plan.weights[: self.subsets].numpy()
-        predicted, actual = masks @ scores.T, runs.mean(0)
-        truth = {k: v for k, v in asdict(self).items() if k != "repeats" or self.regime != "fixed"}
+        predicted = self.weights(case.task).numpy() @ scores.T
+        truth = {k: v for k, v in asdict(self).items() if k != "correlations" and (k != "weight" or v)}
         if self.regime == "fixed":
+            truth.pop("repeats")
             truth["explained_seed"] = case.seed
-        found = spearman(predicted, actual)
-        undefined = int(np.isnan(found).sum())
         return {
-            "lds": Metric(
-                value=float(np.nan_to_num(found).mean()),
-                replicates=bootstrap_correlation(predicted, actual, "spearman", _seed(truth)),
-                n=len(found),
-                nan=max(nan, undefined),
-                truth=truth,
-                ceiling=None if self.regime == "fixed" else ceiling(runs),
+            "lds" if name == "spearman" else f"lds_{name}": correlated(
+                predicted, runs, name, truth, nan, noisy=self.regime != "fixed"
             )
+            for name in self.correlations
         }
-
-
-def _seed(truth: dict) -> int:
-    return int(digest(truth)[:8], 16)

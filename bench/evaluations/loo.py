@@ -2,12 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
+from bench.evaluations.agreement import effects_metrics
 from bench.evaluations.base import Case, Metric, finite
-from bench.statistics import bootstrap_correlation, bootstrap_slope, ceiling, pearson, slope, spearman
-from tasks.base import Task, digest
+from tasks.base import Task
 from tasks.errors import UserError
 from tasks.training.plan import REGIMES, Plan, leave_one_out, planned, stratified_sample
 
@@ -17,7 +16,7 @@ class LOO:
     """effect(q, i) = [m(q) with i − m(q) with i's loss times `weight`] / (1 − weight), over all i or a sample.
 
     Mean over queries of the correlation over i of scores and effects; for calibrated methods also the slope of effects
-    on scores, which is 1 for a small change of weight, and above 1 for removal (leverage).
+    on scores, which is 1 for a small change of weight, and above 1 for removal (leverage), and its intercept.
     """
 
     sample: int | None
@@ -38,7 +37,7 @@ class LOO:
         n = len(task.train)
         everything = torch.ones(1, n, dtype=torch.float64)
         weights = torch.cat([everything, leave_one_out(n, self.rows(task), self.weight)])
-        return planned(weights, self.repeats, self.regime, self.seed, seed)
+        return planned(weights, self.repeats, self.regime, self.seed, seed, "truth.loo")
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         scores, nan = finite(case.attribution("query"))
@@ -46,30 +45,16 @@ class LOO:
         measured = case.retrain("loo", self.plan(case.task, case.seed))["query"]
         runs = measured.reshape(-1, 1 + len(rows), measured.shape[1])
         effects = (runs[:, :1] - runs[:, 1:]) / (1 - self.weight)  # (repeats, n, Q)
-        predicted, actual = scores[:, rows].T, effects.mean(0)
         truth = asdict(self)
         if self.regime == "fixed":
             truth.pop("repeats")
             truth["explained_seed"] = case.seed
-        seed = int(digest(truth)[:8], 16)
-        metrics = {}
-        for name, correlation in {"pearson": pearson, "spearman": spearman}.items():
-            found = correlation(predicted, actual)
-            metrics[f"loo_{name}"] = Metric(
-                value=float(np.nan_to_num(found).mean()),
-                replicates=bootstrap_correlation(predicted, actual, name, seed),
-                n=len(found),
-                nan=max(nan, int(np.isnan(found).sum())),
-                truth=truth,
-                ceiling=None if self.regime == "fixed" else ceiling(effects, correlation),
-            )
-        if case.calibrated:
-            metrics["loo_slope"] = Metric(
-                value=float(np.nan_to_num(slope(predicted, actual)).mean()),
-                replicates=bootstrap_slope(predicted, actual, seed),
-                n=predicted.shape[1],
-                nan=nan,
-                truth=truth,
-                better="one",
-            )
-        return metrics
+        return effects_metrics(
+            "loo",
+            scores[:, rows].T,
+            effects,
+            truth,
+            calibrated=case.calibrated,
+            nan=nan,
+            noisy=self.regime != "fixed",
+        )

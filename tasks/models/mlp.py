@@ -1,24 +1,30 @@
-"""Multi-layer perceptron on vectors; without hidden layers it is softmax regression."""
+"""Multi-layer perceptron on vectors; without hidden layers it is softmax or linear regression."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from tasks.base import Recipe
-from tasks.errors import require
+from tasks.errors import UserError, require
+
+MADE_FOR = {"linear": "regression", "logreg": "classification", "logreg_mnist": "classification"}
 
 
 class Perceptron(nn.Module):
-    """x (B, in) -> (B, out), ReLU between the layers."""
+    """x (B, in) -> (B, out), ReLU between the layers, and dropout after each where there is any."""
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, widths: list[int], dropout: float = 0.0) -> None:
         super().__init__()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for k, (a, b) in enumerate(pairwise(widths)):
             if k:
                 layers[f"relu{k}"] = nn.ReLU()
+            if k and dropout > 0:
+                layers[f"dropout{k}"] = nn.Dropout(dropout)
             layers[f"linear{k}"] = nn.Linear(a, b)
         self.layers = nn.Sequential(layers)
 
@@ -32,10 +38,12 @@ class MLP:
 
     name: str
     hidden: tuple[int, ...]
+    dropout: float
     dtype: str
     recipe: Recipe
 
     def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1")
         require(
             not (self.hidden and self.recipe.optimizer == "lbfgs"),
             "model.recipe.optimizer",
@@ -43,5 +51,16 @@ class MLP:
             "sgd or adamw with hidden layers: their loss has no unique optimum",
         )
 
-    def build(self, features: int, classes: int) -> nn.Module:
-        return Perceptron([features, *self.hidden, classes])
+    def build(self, features: int, outputs: int) -> nn.Module:
+        return Perceptron([features, *self.hidden, outputs], self.dropout)
+
+
+def vector_model(model: Any, task: str, kind: str, fitting: Sequence[str]) -> MLP:
+    """`model`, where it can learn a regression or classification (`kind`) from vectors; else a line with what can."""
+    if not isinstance(model, MLP):
+        raise UserError("model", model.name, f"does not read vectors, which task={task} gives", allowed=fitting)
+    if MADE_FOR.get(model.name, kind) != kind:
+        raise UserError(
+            "model", model.name, f"is for {MADE_FOR[model.name]}, task={task} asks for {kind} here", allowed=fitting
+        )
+    return model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, logsigmoid
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Classification:
 
     loss     ℓ = −log softmax(z)_y
     measure  m = z_y − logsumexp(z_c, c ≠ y), the margin (Park et al. 2023, TRAK, eq. 8): not log(p/(1−p)) from p, which
-             loses its digits as p → 1.
+             loses its digits as p → 1. p = σ(m), so ℓ = softplus(−m).
     ∂²ℓ/∂z²  = diag(p) − p pᵀ, whose null vector is 1: it has a root with C − 1 columns.
     """
 
@@ -24,9 +24,14 @@ class Classification:
         return cross_entropy(outputs, targets, reduction="none")
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        chosen = one_hot(targets, outputs.shape[-1]).bool()
+        chosen = (
+            torch.arange(outputs.shape[-1], device=outputs.device) == targets[..., None]
+        )  # as one_hot, under vmap too
         others = outputs.masked_fill(chosen, -torch.inf).logsumexp(-1)
         return outputs.gather(-1, targets[..., None])[..., 0] - others
+
+    def loss_of_measurement(self, m: Tensor) -> Tensor:
+        return -logsigmoid(m)  # F.softplus is linear beyond 20
 
     def hessian_root(self, outputs: Tensor) -> Tensor:
         p = outputs.double().softmax(-1)

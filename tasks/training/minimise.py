@@ -10,6 +10,7 @@ from tasks.base import Task
 
 MEMORY = 10  # pairs that L-BFGS keeps
 ITERATIONS = 500
+HALVINGS = 20  # of a full step: a shorter one is lost in rounding
 
 
 def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> tuple[dict[str, Tensor], Tensor]:
@@ -50,7 +51,12 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
 
     def solve(start: Tensor, factor: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         function = lambda theta, rows: value_and_gradient(theta, w[rows], n[rows])  # noqa: E731
-        return _lbfgs(function, start.expand(len(w), -1).clone(), factor, task.recipe.tolerance)
+        found, value, gradient = lbfgs(function, start.expand(len(w), -1).clone(), factor, task.recipe.tolerance)
+        if (worst := gradient.max().item()) > task.recipe.tolerance:
+            raise ArithmeticError(
+                f"no optimum after {ITERATIONS} iterations: gradient norm {worst:.1e} > {task.recipe.tolerance:.0e}"
+            )
+        return found, value
 
     origin = torch.zeros(sum(sizes), dtype=task.dtype)
     start = solve(origin, metric(origin), ones, total)[0][0]
@@ -63,20 +69,32 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
     return unflatten(torch.cat([theta for theta, _ in found])), torch.cat([value for _, value in found])
 
 
-def _lbfgs(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], theta: Tensor, factor: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Batched L-BFGS over `theta` (M, P): `function(theta[rows], rows)` gives values (R,) and gradients (R, P)."""
+def lbfgs(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    theta: Tensor,
+    factor: Tensor,
+    tolerance: float | Tensor,
+    slack: float = 0.0,
+    iterations: int = ITERATIONS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batched L-BFGS over `theta` (M, P): `function(theta[rows], rows)` gives values (R,) and gradients (R, P).
+
+    `factor` (P, P): Cholesky factor of the first metric. `tolerance`: gradient norm at which a model stops, one for all
+    or (M,). `slack`: by how much a value may rise because of rounding.
+    A model whose line search fails starts its memory anew; failing again it stops, as at a kink of a ReLU network.
+    Returns the last theta, values (M,) and gradient norms (M,): above the tolerance where it did not get there.
+    """
     models, parameters = theta.shape
     everyone = torch.arange(models)
     value, gradient = function(theta, everyone)
     pairs_s = theta.new_zeros(models, MEMORY, parameters)
     pairs_y = theta.new_zeros(models, MEMORY, parameters)
     rho = theta.new_zeros(models, MEMORY)  # 1 / (sᵀy); 0 marks an empty slot
-    for iteration in range(ITERATIONS):
-        active = everyone[gradient.norm(dim=1) > tolerance]
+    failures = torch.zeros(models)  # of line searches, one after the other
+    for iteration in range(iterations):
+        active = everyone[(gradient.norm(dim=1) > tolerance) & (failures < 2)]
         if not len(active):
-            return theta, value
+            break
         order = [(iteration - 1 - k) % MEMORY for k in range(MEMORY)]  # newest first
         g = gradient[active]
         q = g.clone()
@@ -91,21 +109,25 @@ def _lbfgs(
         slope = (g * q).sum(1)
         size = torch.ones_like(slope)
         old_theta, old_value = theta[active], value[active]
-        slack = 1e-12 * old_value.abs()  # near the optimum the decrease drowns in rounding
+        rounding = 1e-12 * old_value.abs() + slack  # near the optimum the decrease drowns in it
         new_value, new_gradient = function(old_theta - size[:, None] * q, active)
-        for _ in range(40):
-            bad = new_value > old_value - 1e-4 * size * slope + slack
+        for _ in range(HALVINGS):
+            bad = new_value > old_value - 1e-4 * size * slope + rounding
             if not bad.any():
                 break
             size = torch.where(bad, size / 2, size)
             again_value, again_gradient = function((old_theta - size[:, None] * q)[bad], active[bad])
             new_value[bad], new_gradient[bad] = again_value, again_gradient
+        bad = (new_value > old_value - 1e-4 * size * slope + rounding) | (size < 2.0**-HALVINGS * 1.5)
+        failures[active] = torch.where(bad, failures[active] + 1, 0.0)
+        new_value, size = torch.where(bad, old_value, new_value), torch.where(bad, 0.0, size)
+        new_gradient = torch.where(bad[:, None], g, new_gradient)
         new_theta = old_theta - size[:, None] * q
         s, y = new_theta - old_theta, new_gradient - g
         curvature = (s * y).sum(1)
         slot = iteration % MEMORY
         pairs_s[active, slot], pairs_y[active, slot] = s, y
+        rho[active[bad]] = 0.0
         rho[active, slot] = torch.where(curvature > 0, 1 / curvature, torch.zeros_like(curvature))
         theta[active], value[active], gradient[active] = new_theta, new_value, new_gradient
-    worst = gradient.norm(dim=1).max().item()
-    raise ArithmeticError(f"no optimum after {ITERATIONS} iterations: gradient norm {worst:.1e} > {tolerance:.0e}")
+    return theta, value, gradient.norm(dim=1)

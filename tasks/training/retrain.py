@@ -1,5 +1,6 @@
 """The one primitive that every retraining truth is a call of."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,21 @@ from tasks.training.store import Store
 VERSION = 1  # of what a row means: training, measuring; enters the store's key
 
 
-def store_of(task: Task, root: Path) -> Store:
-    """The folder that holds all rows of a task, whatever design asked for them."""
-    return Store(root / f"{task.name}-{task.model}-{task.key()[:16]}-v{VERSION}")
+def store_of(task: Task, root: Path, shipped: Path | None = None) -> Store:
+    """The folder that holds all rows of a task, whatever design asked for them; `shipped`: a root that is only read."""
+    name = f"{task.name}-{task.model}-{task.key()[:16]}-v{VERSION}"
+    about = {
+        "task": task.name,
+        "model": task.model,
+        "source": task.source,
+        "n_train": len(task.train),
+        "key": task.key(),
+        "version": VERSION,
+        "splits": {split: len(rows) for split, rows in task.splits.items()},
+        "recipe": vars(task.recipe),
+        "identity": dict(task.identity),
+    }
+    return Store(root / name, None if shipped is None else shipped / name, about)
 
 
 def retrain(
@@ -25,6 +38,7 @@ def retrain(
     root: Path,
     executor: Executor,
     progress: Callable[[int, int], None] | None = None,
+    shipped: Path | None = None,
 ) -> Rows:
     """Measurements on val and query after each training of the plan: {"val": (M, V), "query": (M, Q)}, float64.
 
@@ -33,8 +47,9 @@ def retrain(
     `progress(done, rows)` is told what is done.
     """
     task = task.public()
-    store, keys = store_of(task, root), plan.keys()
-    where = {key: row for row, key in enumerate(keys)}
+    store, keys = store_of(task, root, shipped), plan.keys()
+    size = (plan.weights > 0).sum(1).tolist()  # rows of one size make one stack: neighbours
+    where = {keys[row]: row for row in sorted(range(len(plan)), key=lambda row: size[row])}
 
     def missing() -> list[str]:
         done = store.read()
@@ -46,24 +61,22 @@ def retrain(
 
     tell()
     if missing():
-        unit = executor.unit(task)
         with store.builder() as builder:
-            while left := missing():
-                share = max(unit, min(len(left), 2 * unit * executor.processes()))
-                mine = builder.claim(left, share)
-                if not mine:
+
+            def units() -> Iterator[Plan]:
+                while left := [key for key in missing() if key not in builder.held]:
+                    mine = builder.claim(left, executor.share(task, len(left)))
+                    if not mine:
+                        return
+                    yield plan.select([where[key] for key in mine])
+
+            while missing():
+                for unit, done in executor.run(task, units()):
+                    facts = {"engine": executor.engine_for(task), "host": platform.node(), "seconds": done.seconds}
+                    store.add(unit.keys(), done.rows, facts)
+                    tell()
+                if missing():
                     time.sleep(0.5)  # others are at it
                     tell()
-                    continue
-                chosen = plan.select([where[key] for key in mine])
-                size = max(1, min(unit, -(-len(chosen) // executor.processes())))
-
-                def units(chosen: Plan = chosen, size: int = size) -> Iterator[Plan]:
-                    for start in range(0, len(chosen), size):
-                        yield chosen.select(range(start, min(start + size, len(chosen))))
-
-                for finished, rows in executor.run(task, units()):
-                    store.add(finished.keys(), rows)
-                    tell()
-    done = store.read()
-    return {name: np.stack([done[key][name] for key in keys]) for name in ("val", "query")}
+    rows = store.read()
+    return {name: np.stack([rows[key][name] for key in keys]) for name in ("val", "query")}

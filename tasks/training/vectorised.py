@@ -1,14 +1,39 @@
 """Many small models as one batched computation: the first axis of every parameter is the model."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from tasks.base import Batch, Task
+from tasks.training.minimise import MEMORY as HISTORY
 from tasks.training.minimise import minimise
 from tasks.training.recipe_steps import batch_order, clip, learning_rates, optimizer
 
 ROWS = 512  # rows a model sees at once when it is measured
+
+
+def stackable(task: Task) -> bool:
+    """Sequences come in batches of different lengths, and dropout draws from one stream for all: neither is stacked."""
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in task.initial(0).modules())
+    return task.train.lengths is None and not drops
+
+
+def bytes_of_a_model(task: Task) -> int:
+    """Memory that one more model in the stack takes, rounded up: its parameters, gradients and optimizer state, the
+    batches of an epoch, the activations of one step and their gradients."""
+    sizes: list[int] = []
+    model = task.initial(0)
+    for module in model.modules():
+        module.register_forward_hook(lambda _, __, out: sizes.append(out.numel()) if isinstance(out, Tensor) else None)
+    one = task.train.batch([0])
+    with torch.no_grad():
+        task.outputs(model, one)
+    width = sum(sizes) + sum(v.numel() for v in one.inputs.values())
+    parameters = sum(p.numel() for p in model.parameters())
+    convex = task.recipe.optimizer == "lbfgs"
+    rows = len(task.train) if convex else max(ROWS, task.recipe.batch_size)
+    copies = 2 * HISTORY + 8 if convex else 6
+    return task.dtype.itemsize * (copies * parameters + 4 * rows * width) + 8 * 4 * len(task.train)
 
 
 def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool) -> dict[str, Tensor]:
@@ -18,8 +43,8 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     Returns the final parameters, each (M, ...).
     """
     models, n_train = weights.shape
-    if task.train.lengths is not None:
-        raise ValueError("models of sequences are not stacked: their batches differ in length")
+    if not stackable(task):
+        raise ValueError("models of sequences or with dropout are not stacked")
     weights = weights.to(task.dtype)
     if own_batches:
         members = [w.nonzero()[:, 0] for w in weights]

@@ -85,7 +85,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Retraining adds up the effects of the weights; `noise` is of the seed and the row. Plans are kept."""
     state: dict[str, Any] = {"noise": 0.0, "plans": [], "told": []}
 
-    def planted(task: Task, plan: Plan, root: Path, executor: Executor, progress: Callable[[int, int], None]) -> Rows:
+    def planted(
+        task: Task,
+        plan: Plan,
+        root: Path,
+        executor: Executor,
+        progress: Callable[[int, int], None],
+        shipped: Path | None = None,
+    ) -> Rows:
         state["plans"].append(plan)
         progress(len(plan), len(plan))
         rows = 3.0 + plan.weights.numpy() @ EFFECT.T

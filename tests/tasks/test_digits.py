@@ -14,7 +14,7 @@ from tasks.digits import digits
 from tasks.errors import UserError
 from tasks.models.mlp import MLP
 
-MODEL = MLP("mlp", (8,), "float64", recipe())
+MODEL = MLP("mlp", (8,), 0.0, "float64", recipe())
 
 
 def made(seed: int = 0, rate: float = 0.2, kind: str = "uniform", n_train: int = 100) -> Task:
@@ -58,9 +58,9 @@ def test_too_many_rows_and_a_model_that_reads_text_are_refused() -> None:
 def test_a_model_with_hidden_layers_is_not_solved_to_an_optimum() -> None:
     """Its objective is not convex: from zero, where the solver starts, hidden layers never move."""
     solved = recipe(optimizer="lbfgs", weight_decay=0.1)
-    assert digits(MLP("logreg", (), "float64", solved), 20, 5, 5, 0, Corruption(0.0, "uniform")).recipe is solved
+    assert digits(MLP("logreg", (), 0.0, "float64", solved), 20, 5, 5, 0, Corruption(0.0, "uniform")).recipe is solved
     with pytest.raises(UserError, match="lbfgs"):
-        digits(MLP("mlp", (8,), "float64", solved), 20, 5, 5, 0, Corruption(0.0, "uniform"))
+        digits(MLP("mlp", (8,), 0.0, "float64", solved), 20, 5, 5, 0, Corruption(0.0, "uniform"))
 
 
 def test_hard_flips_of_a_training_set_too_small_for_all_classes() -> None:

@@ -139,11 +139,16 @@ def test_claims_are_disjoint_skip_what_is_done_and_end_with_their_builder(tmp_pa
         assert one.claim([*KEYS, KEYS[5]], 2) == KEYS[5:7]
         with Store(tmp_path).builder() as two:
             assert two.claim(KEYS, 99) == KEYS[7:]
-            assert one.claim(KEYS, 99) == KEYS[5:7], "a claim replaces the one before"
+            assert one.claim(KEYS, 99) == [], "what it holds itself is not claimed again"
             assert two.claim(KEYS, 0) == []
-            assert one.claim(KEYS, 99) == KEYS[5:]
+        assert one.claim(KEYS, 99) == KEYS[7:], "claims add up"
+        with Store(tmp_path).builder() as two:
+            assert two.claim(KEYS, 99) == []
+            store.add(KEYS[5:7], rows(5, 6))
+            assert two.claim(KEYS, 99) == [] and one.claim(KEYS, 99) == []
+        assert one.held == KEYS[7:], "a finished row is held no more"
     with store.builder() as three:
-        assert three.claim(KEYS, 99) == KEYS[5:]
+        assert three.claim(KEYS, 99) == KEYS[7:]
     assert not [p for p in (tmp_path / "builders").iterdir() if p.suffix in {".claims", ".part"} or p.stem != "queue"]
 
 
@@ -175,7 +180,7 @@ def test_a_living_builders_claims_are_respected_and_a_killed_ones_are_free(tmp_p
             assert mine.claim(KEYS, 99) == KEYS[4:]
             other.send_signal(signal.SIGKILL)
             other.wait()
-            assert mine.claim(KEYS, 99) == KEYS
+            assert mine.claim(KEYS, 99) == KEYS[:4]
     finally:
         other.kill()
         other.communicate()

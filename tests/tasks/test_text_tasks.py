@@ -102,7 +102,7 @@ def test_impossible_sizes_and_places_are_refused(folder: Path, monkeypatch: pyte
         (lambda: made("folder", folder / "none"), r"task\.data_dir=.*none is no folder"),
         (lambda: made("auto", folder / "none"), r"task\.data_dir=.*none is no folder"),
         (lambda: made("web"), r"task\.data=web .*auto, hub, folder, generated"),
-        (lambda: made(model=MLP("mlp", (), "float64", recipe())), r"model=mlp does not read text"),
+        (lambda: made(model=MLP("mlp", (), 0.0, "float64", recipe())), r"model=mlp does not read text"),
     ]
     for make, problem in refused:
         with pytest.raises(UserError, match=problem) as told:

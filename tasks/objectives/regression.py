@@ -1,0 +1,41 @@
+"""Squared error of one real target, measured by its negative."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Outputs f (B, 1), targets y (B,) real.
+
+    loss     ℓ = ½(f − y)², the negative log-likelihood of N(f, 1) without its constant
+    measure  m = −ℓ
+    ∂²ℓ/∂f²  = 1
+    """
+
+    name: str = "regression"
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (outputs[..., 0] - targets).square()
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -self.loss(outputs, targets)
+
+    def loss_of_measurement(self, m: Tensor) -> Tensor:
+        return -m
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        return torch.ones_like(outputs)[..., None]
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(outputs.shape[:-1], generator=generator, dtype=outputs.dtype, device=outputs.device)
+        return outputs[..., 0] + noise
+
+    def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """r2 = 1 − SSE/SST, undefined (NaN or −∞) where the targets are all one; rmse in units of the targets."""
+        targets = targets.double()
+        errors = (outputs[..., 0].double() - targets).square()
+        spread = (targets - targets.mean()).square().sum()
+        return {"r2": (1 - errors.sum() / spread).item(), "rmse": errors.mean().sqrt().item()}
