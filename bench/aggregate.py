@@ -409,7 +409,7 @@ def _join(texts: Iterable[str | None]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """The best of a column − another row, on the seeds that both have: paired bootstrap, `p` by Holm over the column."""
+    """The best of a column − another row, on the seeds that both have: paired bootstrap, `p` by Holm in the column."""
 
     column: str
     best: str
@@ -451,7 +451,7 @@ def _compared(
 def _paired(
     best: Mapping[int, _Entry], other: Mapping[int, _Entry], better: str
 ) -> tuple[float, float, float, float] | None:
-    """(difference, low, high, p) of best − other in goodness, over the seeds that both have; None without replicates."""
+    """(difference, low, high, p) of best − other in goodness, over the seeds of both; None without replicates."""
     seeds = sorted(set(best) & set(other))
     ours, theirs = [best[seed] for seed in seeds], [other[seed] for seed in seeds]
     a, b = _averaged(ours), _averaged(theirs)

@@ -349,7 +349,7 @@ def read_all(out: str | os.PathLike[str], tasks: Iterable[str] | None = None) ->
 
 
 def read_replicates(folder: Path) -> dict[str, np.ndarray]:
-    """Bootstrap replicates (R,), or parts (3, R), by metric; empty where a kept record has none; ValueError when damaged."""
+    """Bootstrap replicates (R,), or parts (3, R), by metric; empty where none are kept; ValueError when damaged."""
     return _load(Path(folder) / "replicates.safetensors")
 
 

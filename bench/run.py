@@ -447,7 +447,11 @@ def report(out: Path, outcomes: Sequence[Outcome]) -> str:
     for table in aggregate.tables(tables.load(out, wanted)):
         files = tables.write(table, out / "tables")
         drawn = figures.quality_against_seconds(table, out / "tables" / f"{table.name}.png")
-        if (table.task, table.fingerprint, table.model) in keys:
+        if (
+            table.task,
+            table.fingerprint,
+            table.model.split(" ")[0],
+        ) in keys:  # others of the model's settings may follow
             lines += ["", formats.to_console(table), "", f"table:  {files[0].with_suffix('')}.{{csv,md,tex}}"]
             lines += [f"figure: {path}" for path in drawn[:1]]
     for outcome in outcomes:

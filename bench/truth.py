@@ -8,6 +8,7 @@ durable. A launch that dies loses the rows in flight, which another takes over.
 """
 
 import json
+import re
 import struct
 import sys
 import time
@@ -56,6 +57,7 @@ def fill(config: "DictConfig") -> dict[str, int]:
 
         print(planned_work(task, evaluations, config.seed, root.parent, executor, run.shipped_truth()))
         return {}
+    executor.engine_for(task)  # refused before anything is written
     run.check_writable(Path(config.out))
     made: dict[str, int] = {}
     for name, evaluation in evaluations.items():
@@ -100,7 +102,10 @@ def shards(folder: Path) -> Iterator[Shard]:
     from tasks.training.store import intact
 
     for path in sorted(folder.glob("*.safetensors")):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # a launch has just set it aside
+            continue
         if not intact(path, content):
             yield Shard(path, False, 0, {})
             continue
@@ -153,14 +158,15 @@ def prune(out: Path) -> list[Path]:
                 continue
             try:
                 with FileLock(lock, timeout=0):
-                    pass
+                    removed += _remove(builders.glob(f"{lock.stem}.*"))
             except Timeout:
                 alive = True
-                continue
-            removed += _remove(builders.glob(f"{lock.stem}.*"))
         if alive:  # what looks like remains may be a file that it is just writing
             continue
-        if not folder.name.endswith(f"-v{VERSION}"):
+        version = re.search(r"-v(\d+)$", folder.name)
+        if version is None:  # nobody's, as far as we know: a copy that somebody has put there
+            continue
+        if int(version[1]) != VERSION:
             shutil.rmtree(folder)
             removed.append(folder)
             continue
@@ -221,6 +227,8 @@ def _fill(arguments: list[str]) -> int:
             raise UserError(argument, None, "is no option here", allowed=["-m", "--help"])
     points = config.expand(overrides) if many else [overrides]
     composed = config.compose_all(points)
+    if not many and composed[0].choice.study is not None:
+        raise UserError("study", composed[0].choice.study, "is a sweep", hint="add -m")
     for one in composed:
         config.check(one)
     started, made = time.perf_counter(), 0
@@ -256,7 +264,10 @@ def _verify(out: Path) -> int:
 
 
 def _prune(out: Path) -> int:
-    removed = prune(out)
+    try:
+        removed = prune(out)
+    except OSError as error:
+        raise UserError("out", str(out), f"cannot be changed ({error.strerror})") from error
     for path in removed:
         print(f"removed: {path}")
     print(f"{len(removed)} removed")

@@ -25,8 +25,8 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a record, with its bootstrap replicates: (R,), or (3, R) of `bootstrap_parts` where rows and queries
-    were resampled. `better`: higher, lower, one, or None: not ranked.
+    """One number of a record, with its bootstrap replicates: (R,), or (3, R) of `bootstrap_parts` where rows and
+    queries were resampled. `better`: higher, lower, one, or None: not ranked.
 
     `by_query`: arrays (Q,) that the number and its ceiling are means of. `most`: what it cannot exceed.
     """

@@ -1,11 +1,12 @@
 """Multi-layer perceptron on vectors; without hidden layers it is softmax or linear regression."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tasks.base import Recipe
@@ -30,6 +31,16 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def forward_stack(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Many perceptrons at once: parameters (M, ...) by their names here, x (M, B, in) -> (M, B, out)."""
+        for name, layer in self.layers.named_children():
+            if isinstance(layer, nn.Linear):
+                weight, bias = parameters[f"layers.{name}.weight"], parameters[f"layers.{name}.bias"]
+                x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+            else:
+                x = layer(x)
+        return x
 
 
 @dataclass(frozen=True)

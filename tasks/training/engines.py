@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -25,7 +26,7 @@ from tasks.training.vectorised import bytes_of_a_model, measure_stack, stackable
 
 ENGINES = ("vectorised", "processes", "ray")
 SMALL = 50_000  # parameters up to which a stack of models is faster than one after the other
-STACK = {"sgd": 100, "adamw": 100, "lbfgs": 500}  # models in one batch: enough to hide Python, few enough for the cache
+STACK = {"sgd": 25, "adamw": 25, "lbfgs": 500}  # models in one batch: enough to hide Python, few enough for the cache
 MEASURED = ("val", "query")
 RETRIES = 3  # of a unit whose Ray node died
 
@@ -57,6 +58,9 @@ class Executor:
         require(self.workers is None or self.workers >= 1, "executor.workers", self.workers, "1 or more, or null")
         if self.address is not None and self.engine != "ray":
             raise UserError("executor.address", self.address, "is Ray's", hint="add executor.engine=ray")
+        if self.engine == "ray" and find_spec("ray") is None:  # told before anything is trained or written
+            hint = "pip install 'attribution-bench[cluster]'"
+            raise UserError("executor.engine", "ray", "is not installed", hint=hint)
 
     def engine_for(self, task: Task) -> str:
         """`auto`: small models without sequences or dropout as one batch, all others one in a process."""
@@ -173,12 +177,7 @@ def _processes(workers: int, task: Task, make: Engine) -> Iterator[Submit]:
 @contextmanager
 def _on_ray(executor: Executor, task: Task, make: Engine) -> Iterator[Submit]:
     """The task goes into the object store once; a unit whose node dies is made again on another."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "executor.engine", "ray", "is not installed", hint="pip install 'attribution-bench[cluster]'"
-        ) from error
+    import ray
     from ray.exceptions import RayError, RayTaskError
 
     if not ray.is_initialized():

@@ -51,7 +51,8 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
 
     def solve(start: Tensor, factor: Tensor, w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         function = lambda theta, rows: value_and_gradient(theta, w[rows], n[rows])  # noqa: E731
-        found, value, gradient = lbfgs(function, start.expand(len(w), -1).clone(), factor, task.recipe.tolerance)
+        at, tolerance = start.expand(len(w), -1).clone(), task.recipe.tolerance
+        found, value, gradient = lbfgs(function, at, factor, tolerance, iterations=ITERATIONS)
         if (worst := gradient.max().item()) > task.recipe.tolerance:
             raise ArithmeticError(
                 f"no optimum after {ITERATIONS} iterations: gradient norm {worst:.1e} > {task.recipe.tolerance:.0e}"

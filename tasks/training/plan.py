@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tasks.base import named_seed
 from tasks.errors import UserError, require
+from tasks.training.memory import free_memory
 
 REGIMES = ("fixed", "common", "fresh")
 
@@ -90,7 +91,10 @@ def random_subsets(n: int, subsets: int, fraction: float, seed: int, name: str =
     size = round(fraction * n)
     require(0 < size < n, f"{name}.fraction", fraction, f"one that keeps 1 to {n - 1} of {n} examples")
     possible = math.comb(n, size)
-    require(subsets <= possible, f"{name}.subsets", subsets, f"fewer: {n} examples have {possible} subsets of {size}")
+    if subsets > possible:  # else it may be a number of thousands of digits, which Python refuses to write
+        raise UserError(f"{name}.subsets", subsets, allowed=f"fewer: {n} examples have {possible} subsets of {size}")
+    most = free_memory() // (4 * 8 * n)  # masks, under each seed, as a plan and on the way
+    require(subsets <= most, f"{name}.subsets", subsets, f"up to {most:,}, which is what fits in memory")
     rng = np.random.default_rng(named_seed("subsets", seed))
     masks = torch.zeros(subsets, n, dtype=torch.float64)
     seen: set[bytes] = set()

@@ -61,6 +61,7 @@ def retrain(
 
     tell()
     if missing():
+        engine = executor.engine_for(task)  # refused before anything is written
         with store.builder() as builder:
 
             def units() -> Iterator[Plan]:
@@ -72,7 +73,7 @@ def retrain(
 
             while missing():
                 for unit, done in executor.run(task, units()):
-                    facts = {"engine": executor.engine_for(task), "host": platform.node(), "seconds": done.seconds}
+                    facts = {"engine": engine, "host": platform.node(), "seconds": done.seconds}
                     store.add(unit.keys(), done.rows, facts)
                     tell()
                 if missing():

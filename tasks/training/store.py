@@ -15,7 +15,7 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ class Store:
     shipped: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     _rows: dict[str, Row] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _seen: set[Path] = field(default_factory=set)
 
     def read(self) -> Mapping[str, Row]:
         """Row key -> named arrays. A torn shard is reported, set aside and its rows are missing again."""
         folders = [self.folder] if self.shipped is None else [self.shipped, self.folder]
         for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
-            if path.name in self._seen:
+            if path in self._seen:
                 continue
             try:
                 content = path.read_bytes()
@@ -55,16 +55,16 @@ class Store:
                 continue
             if not intact(path, content):
                 warnings.warn(f"{path} is damaged: its rows are made again", stacklevel=2)
-                self._seen.add(path.name)
+                self._seen.add(path)
                 if path.parent == self.folder:
                     with contextlib.suppress(OSError):
                         path.rename(path.with_suffix(".damaged"))
-                        self._seen.remove(path.name)
+                        self._seen.remove(path)
                 continue
             arrays = parse(content)
             for i, key in enumerate(arrays.pop("key")):
                 self._rows[key.tobytes().hex()] = {name: values[i] for name, values in arrays.items()}
-            self._seen.add(path.name)
+            self._seen.add(path)
         return self._rows
 
     def add(
@@ -93,24 +93,23 @@ class Store:
     @contextlib.contextmanager
     def builder(self) -> Iterator["Builder"]:
         """Takes part in building; whatever was claimed and not finished is free again afterwards."""
-        folder = self.folder / "builders"
+        folder, name = self.folder / "builders", uuid.uuid4().hex
+        lock = FileLock(folder / f"{name}.lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = uuid.uuid4().hex
-            lock = FileLock(folder / f"{name}.lock")
-            lock.acquire()
-            if not (self.folder / "task.json").exists():
-                aside = folder / f"{name}.json"
-                aside.write_text(json.dumps(dict(self.about), indent=1, default=str) + "\n", encoding="utf-8")
-                aside.rename(self.folder / "task.json")
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
-        try:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                if not (self.folder / "task.json").exists():
+                    aside = folder / f"{name}.json"
+                    aside.write_text(json.dumps(dict(self.about), indent=1, default=str) + "\n", encoding="utf-8")
+                    aside.rename(self.folder / "task.json")
+            except OSError as error:
+                raise _unwritable(self.folder, error) from error
             yield Builder(self, folder, name)
         finally:
-            (folder / f"{name}.claims").unlink(missing_ok=True)
+            _gone(folder / f"{name}{suffix}" for suffix in (".claims", ".part", ".json"))
             lock.release()
-            (folder / f"{name}.lock").unlink(missing_ok=True)
+            _gone([folder / f"{name}.lock"])
 
 
 @dataclass
@@ -160,6 +159,13 @@ class Builder:
 def intact(path: Path, content: bytes) -> bool:
     """Whether a shard is what was written: its name is its checksum."""
     return hashlib.sha256(content).hexdigest() == path.stem
+
+
+def _gone(paths: Iterable[Path]) -> None:
+    """Removes them where that can be done: what stays is of a dead builder, and no error hides another."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -1,5 +1,7 @@
 """Many small models as one batched computation: the first axis of every parameter is the model."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -14,13 +16,14 @@ ROWS = 512  # rows a model sees at once when it is measured
 
 def stackable(task: Task) -> bool:
     """Sequences come in batches of different lengths, and dropout draws from one stream for all: neither is stacked."""
-    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in task.initial(0).modules())
-    return task.train.lengths is None and not drops
+    if task.train.lengths is not None:  # told without building a large model
+        return False
+    return not any(isinstance(m, nn.Dropout) and m.p > 0 for m in task.initial(0).modules())
 
 
 def bytes_of_a_model(task: Task) -> int:
     """Memory that one more model in the stack takes, rounded up: its parameters, gradients and optimizer state, the
-    batches of an epoch, the activations of one step and their gradients."""
+    batches of all epochs, the activations of one step and their gradients."""
     sizes: list[int] = []
     model = task.initial(0)
     for module in model.modules():
@@ -33,7 +36,8 @@ def bytes_of_a_model(task: Task) -> int:
     convex = task.recipe.optimizer == "lbfgs"
     rows = len(task.train) if convex else max(ROWS, task.recipe.batch_size)
     copies = 2 * HISTORY + 8 if convex else 6
-    return task.dtype.itemsize * (copies * parameters + 4 * rows * width) + 8 * 4 * len(task.train)
+    orders = 4 if convex else 2 * task.recipe.epochs + 4  # of the rows: by step, and as drawn; weights and members
+    return task.dtype.itemsize * (copies * parameters + 4 * rows * width) + 8 * orders * len(task.train)
 
 
 def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool) -> dict[str, Tensor]:
@@ -58,7 +62,7 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     template = task.initial(0)
     initial = {s: dict(task.initial(s).named_parameters()) for s in set(seeds)}
     stack = {
-        name: torch.stack([initial[s][name].detach() for s in seeds]).requires_grad_()
+        name: _by_columns(torch.stack([initial[s][name].detach() for s in seeds])).requires_grad_()
         for name, p in template.named_parameters()
         if p.requires_grad
     }
@@ -68,23 +72,40 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     steps = [
         member.gather(1, torch.stack(column)) for column in zip(*(positions[s] for s in seeds), strict=True)
     ]  # (M, B)
-    forward = vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
+    forward = _forward(template)
+    unweighted = own_batches and bool(((weights == 0) | (weights == 1)).all())
     update = optimizer(task.recipe, stack.values())
     model_axis = torch.arange(models)[:, None]
     template.train()
     for index, rate in zip(steps, learning_rates(task.recipe, len(steps)), strict=True):
         for group in update.param_groups:
             group["lr"] = rate
-        inputs = {k: v[index] for k, v in task.train.inputs.items()}
+        rows = index.flatten()
+        inputs = {k: v.index_select(0, rows).unflatten(0, index.shape) for k, v in task.train.inputs.items()}
         outputs = forward(stack, inputs)  # (M, B, ...)
-        losses = task.objective.loss(outputs.flatten(0, 1), task.train.targets[index].flatten())
-        value = (losses.view_as(index) * weights[model_axis, index]).sum() / index.shape[1]
+        losses = task.objective.loss(outputs.flatten(0, 1), task.train.targets[rows])
+        if not unweighted:
+            losses = losses.view_as(index) * weights[model_axis, index]
+        value = losses.sum() / index.shape[1]
         update.zero_grad(set_to_none=True)
         value.backward()
         if task.recipe.clip is not None:
             clip([p.grad for p in stack.values() if p.grad is not None], task.recipe.clip, stacked=True)
         update.step()
     return {name: p.detach() for name, p in stack.items()}
+
+
+def _forward(template: nn.Module) -> Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]:
+    """(stacked parameters, inputs (M, B, ...)) -> outputs (M, B, ...): the model's own way, or vmap over any model."""
+    own = getattr(template, "forward_stack", None)
+    if own is not None:
+        return lambda stack, inputs: own(stack, **inputs)
+    return vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
+
+
+def _by_columns(weight: Tensor) -> Tensor:
+    """Weights (M, out, in) laid out as (M, in, out): gradients come in this layout and need no copy."""
+    return weight.transpose(1, 2).contiguous().transpose(1, 2) if weight.ndim == 3 else weight
 
 
 @torch.no_grad()
