@@ -53,7 +53,7 @@ def minimise(task: Task, weights: Tensor, counts: Tensor, chunk: int = 250) -> t
         function = lambda theta, rows: value_and_gradient(theta, w[rows], n[rows])  # noqa: E731
         at, tolerance = start.expand(len(w), -1).clone(), task.recipe.tolerance
         found, value, gradient = lbfgs(function, at, factor, tolerance, iterations=ITERATIONS)
-        if (worst := gradient.max().item()) > task.recipe.tolerance:
+        if not (worst := gradient.max().item()) <= tolerance:
             raise ArithmeticError(
                 f"no optimum after {ITERATIONS} iterations: gradient norm {worst:.1e} > {task.recipe.tolerance:.0e}"
             )
@@ -113,13 +113,13 @@ def lbfgs(
         rounding = 1e-12 * old_value.abs() + slack  # near the optimum the decrease drowns in it
         new_value, new_gradient = function(old_theta - size[:, None] * q, active)
         for _ in range(HALVINGS):
-            bad = new_value > old_value - 1e-4 * size * slope + rounding
+            bad = ~(new_value <= old_value - 1e-4 * size * slope + rounding)  # no number is no decrease
             if not bad.any():
                 break
             size = torch.where(bad, size / 2, size)
             again_value, again_gradient = function((old_theta - size[:, None] * q)[bad], active[bad])
             new_value[bad], new_gradient[bad] = again_value, again_gradient
-        bad = (new_value > old_value - 1e-4 * size * slope + rounding) | (size < 2.0**-HALVINGS * 1.5)
+        bad = ~(new_value <= old_value - 1e-4 * size * slope + rounding) | (size < 2.0**-HALVINGS * 1.5)
         failures[active] = torch.where(bad, failures[active] + 1, 0.0)
         new_value, size = torch.where(bad, old_value, new_value), torch.where(bad, 0.0, size)
         new_gradient = torch.where(bad[:, None], g, new_gradient)

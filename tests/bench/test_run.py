@@ -193,7 +193,7 @@ BAD = {
     "model=bert_tiny": "does not read text",
     "device=warp": "device=warp is not at hand; allowed: cpu",
     "evaluation=[detection]": "labels that are known to be wrong",
-    "evaluation=[lsd]": "evaluation=lsd is unknown; allowed: lds, loo, detection",
+    "evaluation=[lsd]": "evaluation=lsd is unknown; allowed: lds, loo, lgo, removal, shapley, pbrf, detection",
 }
 
 

@@ -1,6 +1,7 @@
-"""tasks/training/plan: names of rows, seeds of regimes, subsets, leave-one-out, samples."""
+"""tasks/training/plan: names of rows, seeds of regimes, subsets, groups left out, coalitions, samples."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ from tasks.base import named_seed
 from tasks.errors import UserError
 from tasks.training.plan import (
     Plan,
+    class_groups,
+    coalitions,
     explained_seed,
     leave_one_out,
+    leave_out,
+    partition,
     planned,
+    random_groups,
     random_subsets,
+    rotations,
     stratified_sample,
 )
 
@@ -96,6 +103,13 @@ def test_all_subsets_can_be_drawn_but_not_one_more() -> None:
         random_subsets(4, 7, 0.5, 0)
 
 
+def test_subsets_of_one_seed_are_nested() -> None:
+    by_fraction = [random_subsets(40, 30, fraction, seed=3) for fraction in (0.1, 0.25, 0.5, 0.9)]
+    for small, large in pairwise(by_fraction):
+        assert (small <= large).all() and (small.sum(1) < large.sum(1)).all()
+    assert not (by_fraction[0] <= random_subsets(40, 30, 0.5, seed=4)).all()
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, math.nan, 0.01, 0.99])
 def test_impossible_fractions_are_refused(fraction: float) -> None:
     with pytest.raises(UserError, match=r"truth\.lds\.fraction"):
@@ -117,6 +131,83 @@ def test_leave_one_out_touches_one_example_a_row() -> None:
             leave_one_out(3, [0], weight)
 
 
+def test_leave_out_touches_one_group_a_row() -> None:
+    assert leave_out(4, [[0, 2], [3]], 0.0).tolist() == [[0, 1, 0, 1], [1, 1, 1, 0]]
+    assert leave_out(4, [[0, 2], [3]], 1.5).tolist() == [[1.5, 1, 1.5, 1], [1, 1, 1, 1.5]]
+    assert torch.equal(leave_out(5, [[4], [1]], 0.25), leave_one_out(5, [4, 1], 0.25))
+    for weight in (1.0, -0.1, math.nan):
+        with pytest.raises(UserError, match=r"^weight"):
+            leave_out(3, [[0]], weight)
+
+
+def test_random_groups_are_disjoint_as_long_as_they_can_be() -> None:
+    groups = random_groups(20, 7, 6, seed=2)
+    assert [len(set(g)) for g in groups] == [6] * 7 and all(g == sorted(g) for g in groups)
+    for at in (0, 3):  # three fit into 20 rows, then the rows are shuffled anew
+        assert len({row for g in groups[at : at + 3] for row in g}) == 18
+    assert {row for g in groups for row in g} <= set(range(20))
+    assert groups == random_groups(20, 9, 6, seed=2)[:7] != random_groups(20, 7, 6, seed=3)
+    often = np.bincount([i for s in range(1000) for g in random_groups(20, 2, 5, s) for i in g], minlength=20) / 1000
+    assert abs(often - 0.5).max() < 4 * 0.5 / 1000**0.5
+
+
+def test_class_groups_are_of_one_class_each_in_turn() -> None:
+    labels = torch.tensor([0, 1, 2, 1, 1, 0, 2, 2, 1, 0, 0, 1])
+    groups = class_groups(labels, 8, 3, seed=0)
+    assert [labels[g].unique().tolist() for g in groups] == [[c] for c in (0, 1, 2, 0, 1, 2, 0, 1)]
+    assert all(len(set(g)) == 3 and g == sorted(g) for g in groups)
+    assert groups[2] == groups[5] == [2, 6, 7], "a class of three has one such group"
+    assert groups == class_groups(labels, 8, 3, seed=0) != class_groups(labels, 8, 3, seed=1)
+    apart = class_groups(torch.tensor([5, 9, 5, 9]), 3, 2, seed=0)
+    assert apart == [[0, 2], [1, 3], [0, 2]], "classes need not be counted from 0"
+
+
+@pytest.mark.parametrize(("n", "players"), [(12, 4), (13, 4), (5, 5), (40, 3)])
+def test_a_partition_deals_out_every_row_once(n: int, players: int) -> None:
+    groups = partition(n, players, seed=1)
+    assert sorted(row for g in groups for row in g) == list(range(n))
+    assert len(groups) == players and max(map(len, groups)) - min(map(len, groups)) <= 1
+    assert groups == partition(n, players, seed=1)
+    assert n == players or groups != partition(n, players, seed=2)
+
+
+def test_rotations_put_each_player_at_each_place_equally_often() -> None:
+    orders = rotations(5, 3, seed=0)
+    assert orders.shape == (15, 5) and (np.sort(orders, axis=1) == np.arange(5)).all()
+    for place in range(5):
+        assert np.bincount(orders[:, place]).tolist() == [3] * 5
+    for square in orders.reshape(3, 5, 5):
+        assert {tuple(np.roll(square[0], k)) for k in range(5)} == {tuple(order) for order in square}
+    assert np.array_equal(orders[:5], rotations(5, 1, seed=0)), "more squares keep the first"
+
+
+def test_rotations_are_uniform_among_all_orders() -> None:
+    orders, often = np.unique(rotations(3, 3000, seed=0), axis=0, return_counts=True)
+    assert len(orders) == 6
+    assert abs(often / 9000 - 1 / 6).max() < 4 * (0.25 / 3000) ** 0.5 / 3  # two classes of rotations, three orders each
+
+
+def test_coalitions_are_the_beginnings_of_the_orders() -> None:
+    groups = [[0, 3], [1], [2, 4]]
+    masks = coalitions(np.array([[2, 0, 1], [1, 2, 0]]), groups, 6)
+    assert masks.dtype == torch.float64
+    assert masks.tolist() == [
+        [0, 0, 1, 0, 1, 0],
+        [1, 0, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 1, 0],
+        [1, 1, 1, 1, 1, 0],
+    ]
+
+
+def test_coalitions_of_a_square_are_as_few_trainings_as_there_are() -> None:
+    players, groups = 6, partition(20, 6, seed=0)
+    masks = coalitions(rotations(players, 1, 0), groups, 20)
+    plan = planned(masks, 1, "common", 0, 0)
+    assert len(plan) == players**2 and len(set(plan.keys())) == players * (players - 1) + 1
+
+
 def test_a_stratified_sample_keeps_the_proportions() -> None:
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)[
         torch.randperm(100, generator=torch.Generator().manual_seed(0))
@@ -129,6 +220,13 @@ def test_a_stratified_sample_keeps_the_proportions() -> None:
             assert (abs(counts - size * np.array([0.6, 0.3, 0.1])) <= 1).all(), counts
     assert stratified_sample(labels, 20, 1) == stratified_sample(labels, 20, 1) != stratified_sample(labels, 20, 2)
     assert stratified_sample(labels, None, 1) == stratified_sample(labels, 100, 1) == list(range(100))
+
+
+def test_a_stratified_sample_of_real_targets_takes_of_every_quarter() -> None:
+    targets = torch.linspace(-3, 5, 80)[torch.randperm(80, generator=torch.Generator().manual_seed(0))] ** 3
+    rows = stratified_sample(targets, 20, seed=0)
+    ranks = targets.argsort().argsort()[rows] // 20
+    assert (np.bincount(ranks.numpy(), minlength=4) >= 4).all()
 
 
 def test_a_stratified_sample_favours_no_row() -> None:

@@ -1,5 +1,7 @@
 """The optimum of a convex task: against scipy and scikit-learn, many weightings at once against one by one."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tasks.training import minimise as module
-from tasks.training.minimise import minimise
+from tasks.training.minimise import lbfgs, minimise
 from tasks.training.train import train
 from tasks.training.vectorised import train_stack
 
@@ -107,3 +109,49 @@ def test_an_unreached_optimum_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "ITERATIONS", 1)
     with pytest.raises(ArithmeticError, match="no optimum"):
         minimise(TASK, weights(), torch.full((4,), 24))
+
+
+def rows_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Values and gradients of one function for every row."""
+
+    def found(theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert len(theta) == len(rows)
+        theta = theta.detach().requires_grad_()
+        values = function(theta)
+        return values.detach(), torch.autograd.grad(values.sum(), theta)[0]
+
+    return found
+
+
+ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+def test_each_row_stops_at_its_own_tolerance() -> None:
+    theta = torch.full((2, 1), 0.5, dtype=torch.float64)
+    function = rows_of(lambda t: (t.cosh() - 1)[:, 0])
+    found, values, norms = lbfgs(function, theta, ONE, torch.tensor([0.1, 1e-9]))
+    assert 1e-9 < norms[0] <= 0.1 and norms[1] <= 1e-9 and values[1] < 1e-15
+    assert norms.tolist() == found.sinh().abs()[:, 0].tolist()
+
+
+def test_a_step_to_where_nothing_is_defined_is_shortened() -> None:
+    theta = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
+    found, _, norms = lbfgs(rows_of(lambda t: (t - t.log())[:, 0]), theta, 0.1 * ONE, 1e-9)
+    assert norms.max() <= 1e-9 and (found - 1).abs().max() < 1e-8
+
+
+def test_a_row_at_a_kink_stops_and_says_so_and_the_others_go_on() -> None:
+    """|a| + b²: started at a = 0 whose gradient is put to 1, no step goes down; b alone would."""
+
+    def function(theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        stuck = (rows == 0).double()[:, None]
+        calls.append(len(rows))
+        slope = stuck * torch.where(theta >= 0, 1.0, -1.0) + (1 - stuck) * 2 * theta
+        return (stuck * theta.abs() + (1 - stuck) * theta**2)[:, 0], slope
+
+    calls: list[int] = []
+    start = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
+    found, values, norms = lbfgs(function, start, ONE, 1e-9)
+    assert norms[0] == 1.0 and norms[1] <= 1e-9
+    assert found[0] == 0 and values[0] == 0
+    assert len(calls) < 100, "two failed line searches are enough"

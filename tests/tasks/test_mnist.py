@@ -103,6 +103,7 @@ def test_the_seed_draws_flips_and_nothing_else(tmp_path: Path) -> None:
     wrong = {i for i, y in zip(one.train.ids, one.train.targets.tolist(), strict=True) if y != labels[int(i[6:])]}
     assert wrong == one.annotations.flipped
     without = made(data_dir=place, model=replace(MODEL, dropout=0.0))
+    assert [name for name, _ in without.initial(0).layers.named_children()] == ["linear0", "relu1", "linear1"]  # type: ignore
     assert without.key() != made(data_dir=place).key() and without.fingerprint() == made(data_dir=place).fingerprint()
 
 
