@@ -1,17 +1,22 @@
 """Keeps the slim part of records (no score files) in results/reference, with the tables and figures made from them.
 
-    python -m bench.reference out=results [to=results/reference] [task=sst2]
+    python -m bench.reference out=results [to=results/reference] [task=sst2] [truth=digits]
 
 What is kept is enough to rebuild every table: record.json, which holds the config, and the bootstrap replicates.
+`truth`: tasks whose finished trainings are kept too, so that a checkout scores methods on them without retraining.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import aggregate, figures, records, tables
+import numpy as np
+
+from bench import aggregate, figures, records, tables, truth
 from tasks.errors import UserError
+from tasks.training.store import Store
 
 KEPT = ("record.json", "replicates.safetensors")
 
@@ -27,6 +32,24 @@ def keep(out: Path, to: Path, tasks: Sequence[str] | None = None) -> list[Path]:
     return write_tables(to)
 
 
+def ship(out: Path, to: Path, tasks: Sequence[str]) -> list[Path]:
+    """All finished trainings of the tasks, one file for each model, in to/truth."""
+    shipped = []
+    for folder in truth.stores(out):
+        about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        rows = Store(folder).read()
+        if about["task"] not in tasks or folder.name.startswith("pbrf") or not rows:
+            continue
+        target = to / "truth" / folder.name
+        keys = sorted(rows)
+        names = sorted(rows[keys[0]])
+        shutil.rmtree(target, ignore_errors=True)
+        Store(target).add(keys, {name: np.stack([rows[key][name] for key in keys]) for name in names})
+        shutil.copyfile(folder / "task.json", target / "task.json")
+        shipped.append(target)
+    return shipped
+
+
 def write_tables(to: Path) -> list[Path]:
     """Every table and figure of the records that `to` holds."""
     written: list[Path] = []
@@ -37,17 +60,19 @@ def write_tables(to: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = {"out": "results", "to": "results/reference", "task": ""}
+    options = {"out": "results", "to": "results/reference", "task": "", "truth": ""}
     try:
         for argument in sys.argv[1:] if arguments is None else arguments:
             key, equals, value = argument.partition("=")
             if not equals or key not in options:
                 raise UserError(key, value or None, "is no key", allowed=[f"{k}=" for k in options])
             options[key] = value
-        if not (Path(options["out"]) / "runs").is_dir():
+        if not (Path(options["out"]) / "runs").is_dir() and not options["truth"]:
             raise UserError("out", options["out"], "holds no runs")
         tasks = options["task"].split(",") if options["task"] else None
         for path in keep(Path(options["out"]), Path(options["to"]), tasks):
+            print(path)
+        for path in ship(Path(options["out"]), Path(options["to"]), options["truth"].split(",")):
             print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
