@@ -207,7 +207,7 @@ class Task:
     objective: Objective
     recipe: Recipe
     model: str
-    source: str  # where the data came from: bundled | generated | folder | hub
+    source: str  # where the data came from: bundled | generated | folder | hub, or the name of a set among several
     floor: Mapping[str, float]  # fitness that a model must reach on test
     identity: Mapping[str, Any]
     dtype: torch.dtype = torch.float32

@@ -84,7 +84,7 @@ def tabular(
         objective=objective,
         recipe=model.recipe,
         model=model.name,
-        source="bundled" if data in BUNDLED else "folder",
+        source=table.name,
         floor={measure: floor[measure]},
         identity={
             "version": VERSION,

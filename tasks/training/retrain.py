@@ -78,6 +78,6 @@ def retrain(
                     tell()
                 if missing():
                     time.sleep(0.5)  # others are at it
-                    tell()
+                tell()
     rows = store.read()
     return {name: np.stack([rows[key][name] for key in keys]) for name in ("val", "query")}

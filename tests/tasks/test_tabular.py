@@ -67,7 +67,7 @@ def refused(make: Callable[[], object]) -> str:
 def test_a_bundled_set_becomes_a_task(data: str, sizes: tuple[int, ...]) -> None:
     task, source = made(data), getattr(datasets, f"load_{data}")()
     assert tuple(len(task.splits[s]) for s in ("train", "val", "query", "test")) == sizes
-    assert (task.name, task.source, task.identity["data"]) == ("tabular", "bundled", data)
+    assert (task.name, task.source, task.identity["data"]) == ("tabular", data, data)
     ids = [i for split in task.splits.values() for i in split.ids]
     assert sorted(map(int, ids)) == list(range(len(source.target)))
     rows = [int(i) for i in task.train.ids]
@@ -160,7 +160,7 @@ def csv(place: Path, targets: list[str]) -> str:
 def test_the_kind_of_a_csv_files_targets(tmp_path: Path, targets: list[str], kind: str) -> None:
     path = csv(tmp_path, targets)
     task = made("folder", data_dir=path, target="y")
-    assert (task.source, task.identity["data"], task.identity["kind"]) == ("folder", "mine", kind)
+    assert (task.source, task.identity["data"], task.identity["kind"]) == ("mine", "mine", kind)
     if kind == "classification":
         order = sorted(set(targets), key=float if targets[0].isdigit() else str)
         for split in task.splits.values():
