@@ -55,7 +55,7 @@ def run(config: DictConfig) -> Outcome:
     torch.set_flush_denormal(True)
     out, name = Path(config.out), str(config.choice.method)
     task, method = build_task(config), build_method(config)
-    evaluations, executor = build_evaluations(config, task), _instantiate(config.executor)
+    evaluations, executor = build_evaluations(config, task), build(config.executor)
     covered = coverage_of(task, method)
     check_device(config.device)
     identity = {
@@ -250,13 +250,13 @@ def _scorers(
 
 def build_task(config: DictConfig) -> Task:
     """The task with its model; a user's mistake comes out as `UserError`."""
-    model = _instantiate(config.model)
+    model = build(config.model)
     return _called(lambda: instantiate(config.task, _partial_=True, _convert_="all")(model=model))
 
 
 def build_method(config: DictConfig) -> Method:
     """The method, with whatever it wraps."""
-    method = _instantiate(config.method)
+    method = build(config.method)
     for name in ("attribute", "value"):
         if not callable(getattr(method, name, None)):
             raise UserError(
@@ -312,7 +312,7 @@ def build_evaluations(config: DictConfig, task: Task) -> dict[str, Evaluation]:
     for name in config.evaluation:
         if name not in config.truth:
             raise UserError("evaluation", name, "is unknown", allowed=list(config.truth))
-        evaluation = _instantiate(config.truth[name])
+        evaluation = build(config.truth[name])
         try:
             evaluation.plan(task, config.seed)
         except NotApplicable as reason:
@@ -328,7 +328,8 @@ def build_evaluations(config: DictConfig, task: Task) -> dict[str, Evaluation]:
     return chosen
 
 
-def _instantiate(node: DictConfig) -> Any:
+def build(node: DictConfig) -> Any:
+    """What a config node names, built by Hydra; a `UserError` inside comes out as itself."""
     return _called(lambda: instantiate(node, _convert_="all"))
 
 

@@ -50,7 +50,7 @@ def fill(config: "DictConfig") -> dict[str, int]:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     task = run.build_task(config).public()
-    evaluations, executor = run.build_evaluations(config, task), run._instantiate(config.executor)
+    evaluations, executor = run.build_evaluations(config, task), run.build(config.executor)
     root, console = Path(config.out) / "cache" / "truth", Console()
     if config.plan:
         from bench.plan import planned_work
