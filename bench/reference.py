@@ -6,7 +6,6 @@ What is kept is enough to rebuild every table: record.json, which holds the conf
 `truth`: tasks whose finished trainings are kept too, so that a checkout scores methods on them without retraining.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -36,10 +35,9 @@ def ship(out: Path, to: Path, tasks: Sequence[str]) -> list[Path]:
     """All finished trainings of the tasks, one file for each model, in to/truth."""
     shipped = []
     for folder in truth.stores(out):
-        about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        rows = Store(folder).read()
-        if about["task"] not in tasks or folder.name.startswith("pbrf") or not rows:
+        if truth.about(folder).get("task") not in tasks or folder.name.startswith("pbrf"):
             continue
+        rows = Store(folder).read()
         target = to / "truth" / folder.name
         keys = sorted(rows)
         names = sorted(rows[keys[0]])

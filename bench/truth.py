@@ -126,8 +126,8 @@ def listing(out: Path) -> str:
         each = sum(s.facts["seconds"] for s in timed) / max(1, sum(s.rows for s in timed))
         last = max((s.path.stat().st_mtime for s in found), default=0.0)
         when = f"{datetime.fromtimestamp(last):%Y-%m-%d %H:%M}" if last else "never"
-        about = _about(folder)
-        data = f", {about['source']} data, {about['n_train']:,} training examples" if about else ""
+        told = about(folder)
+        data = f", {told['source']} data, {told['n_train']:,} training examples" if told else ""
         lines.append(
             f"{folder.name}: {rows:,} rows in {len(found)} files, {size / 2**20:.1f} MiB, "
             f"{'/'.join(engines) or 'unknown engine'}, {each:.3g} s a row, last {when}{data}"
@@ -184,7 +184,8 @@ def _remove(paths: Any) -> list[Path]:
     return gone
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def about(folder: Path) -> dict[str, Any]:
+    """What a task key stands for; empty where nobody wrote it down."""
     try:
         found: dict[str, Any] = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         return found
