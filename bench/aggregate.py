@@ -444,6 +444,7 @@ def _compared(
         if row == first
         or goodness(ranked[row], better) == goodness(ranked[first], better)
         or adjusted.get(row, 0.0) > LEVEL
+        or (row in found and found[row][0] <= 0)  # on the seeds of both the other is the better
     ]
     return best, differences
 

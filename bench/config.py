@@ -24,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -266,11 +267,17 @@ def _is_group(override: Override, loader: ConfigLoader) -> bool:
 
 def _of_study(parsed: list[Override], loader: ConfigLoader) -> list[str]:
     """The values that a chosen study sweeps, as Hydra's sweeper reads them: before what the user says, which holds."""
-    chosen = [o for o in parsed if o.key_or_group == "study" and not o.is_sweep_override()]
-    if not chosen:
+    study = next((o for o in parsed if o.key_or_group == "study"), None)
+    if study is None:
         return []
-    params = _composed(chosen, loader).hydra.sweeper.params or {}
-    return [f"{key}={value}" for key, value in params.items()]
+    if study.is_sweep_override():
+        raise UserError("study", study.get_value_string(), "is several sweeps", hint="one at a time")
+    groups = [o for o in parsed if o.is_hydra_override() or _is_group(o, loader)]
+    try:  # as Hydra does before it sweeps: groups that are swept, or are not chosen, are left open
+        config = loader.load_configuration("config", [str(o.input_line) for o in groups], RunMode.MULTIRUN)
+    except MISTAKES as error:
+        raise _explained(error, groups, loader) from None
+    return [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
 
 
 def _full_key(override: Override) -> str:

@@ -4,9 +4,10 @@
         config.yaml               the resolved configuration
         record.json               metrics, fitness, cost, provenance (schema 1)
         scores.safetensors        `attribution/<split>` (Q, N), `value` (N,); the examples' ids in its metadata
-        replicates.safetensors    bootstrap replicates (R,) of each metric, float32
+        replicates.safetensors    bootstrap replicates (R,) of each metric, or their parts (3, R), float32
+        queries.safetensors       `<metric>/<name>` (Q,): what each query contributes; absent where nothing has queries
 
-A record is a plain dict. Numbers that are not finite are stored as null. A kept copy may lack the two array files.
+A record is a plain dict. Numbers that are not finite are stored as null. A kept copy may lack the array files.
 """
 
 import errno
@@ -180,9 +181,8 @@ def write(
     validate(record)
     scores = {name: _array(name, array) for name, array in scores.items()}
     replicates = {name: _array(name, array).astype(np.float32) for name, array in replicates.items()}
-    queries = {
-        f"{metric}/{name}": _array(name, array) for metric, of in (by_query or {}).items() for name, array in of.items()
-    }
+    queries = {f"{metric}/{name}": array for metric, of in (by_query or {}).items() for name, array in of.items()}
+    queries = {name: _array(name, array) for name, array in queries.items()}
     _check_shapes(scores, ids, replicates)
     target = folder(out, record)
     if not replace and is_readable(target):

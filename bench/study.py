@@ -7,9 +7,10 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench import records
@@ -51,7 +52,7 @@ def curves(found: Sequence[Record], x: str, metric: str) -> list[Curve]:
     groups: dict[tuple[str, str], dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     settings: dict[str, Mapping[str, Any]] = {}
     for record in sorted(found, key=lambda r: str(r["provenance"].get("started", ""))):
-        if metric not in record["metrics"]:
+        if record["metrics"].get(metric, {}).get("value") is None:
             continue
         flat = flatten(record["config"])
         flat["data"] = record["data"]["fingerprint"] if not x.startswith("task.") else record["data"]["source"]
@@ -60,13 +61,17 @@ def curves(found: Sequence[Record], x: str, metric: str) -> list[Curve]:
             continue
         flat.pop("seed", None)
         of_method = {k: v for k, v in flat.items() if k.startswith("method.")}
-        others = {k: v for k, v in flat.items() if not k.startswith("method.")}
+        of_truth = dict(record["metrics"][metric].get("truth") or {})
+        for key in (x.rpartition(".")[2] if x.startswith("truth.") else "", "explained_seed"):
+            of_truth.pop(key, None)
+        others = {k: v for k, v in flat.items() if k.partition(".")[0] in ("model", "task", "data")}
+        others |= {f"truth.{k}": v for k, v in of_truth.items()}
         rest = records.canonical(others)
         settings[rest] = others
         method = records.canonical([record["method_label"], of_method])
         groups[rest, method][json.dumps(value)][record["seed"]] = record
     swept = {key: by_x for key, by_x in groups.items() if len(by_x) > 1}
-    rests = _differences({rest: settings[rest] for rest, _ in swept})
+    rests = _names({rest: settings[rest] for rest, _ in swept})
     labels = _labels([method for _, method in swept])
     return [
         Curve(labels[method], rests[rest], tuple(_point(x_text, by_x[x_text], metric) for x_text in _ordered(by_x)))
@@ -77,24 +82,16 @@ def curves(found: Sequence[Record], x: str, metric: str) -> list[Curve]:
 def _point(x_text: str, by_seed: Mapping[int, Record], metric: str) -> Point:
     entries = [record["metrics"][metric] for record in by_seed.values()]
 
-    def mean(key: str) -> float | None:
-        numbers = [entry[key] for entry in entries if entry.get(key) is not None]
-        return sum(numbers) / len(numbers) if numbers else None
+    def mean(key: str) -> float:
+        """A bound that a number does not have is the number."""
+        return fmean(entry["value"] if entry.get(key) is None else entry[key] for entry in entries)
 
-    value = mean("value")
-    assert value is not None
-    low, high = mean("low"), mean("high")
-    return Point(
-        json.loads(x_text),
-        value,
-        value if low is None else low,
-        value if high is None else high,
-        mean("ceiling"),
-        len(entries),
-    )
+    ceilings = [entry["ceiling"] for entry in entries if entry.get("ceiling") is not None]
+    ceiling = fmean(ceilings) if ceilings else None
+    return Point(json.loads(x_text), mean("value"), mean("low"), mean("high"), ceiling, len(entries))
 
 
-def _ordered(by_x: Mapping[str, Any]) -> list[str]:
+def _ordered(by_x: Iterable[str]) -> list[str]:
     def order(text: str) -> tuple[int, Any]:
         value = json.loads(text)
         return (1, str(value)) if isinstance(value, str) else (0, value if isinstance(value, list) else [value])
@@ -107,6 +104,17 @@ def _differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     keys = sorted({key for of in settings.values() for key in of})
     differ = [key for key in keys if len({json.dumps(of.get(key)) for of in settings.values()}) > 1]
     return {rest: ", ".join(f"{key}={of.get(key)}" for key in differ) for rest, of in settings.items()}
+
+
+def _names(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Each set of settings by the first few keys that tell all sets apart, the model's name before others."""
+    keys = sorted({key for of in settings.values() for key in of}, key=lambda key: (not key.endswith("name"), key))
+    told: dict[str, list[str]] = {rest: [] for rest in settings}
+    for key in keys:
+        more = {rest: [*told[rest], f"{key}={of.get(key)}"] for rest, of in settings.items()}
+        if len({json.dumps(parts) for parts in more.values()}) > len({json.dumps(parts) for parts in told.values()}):
+            told = more
+    return {rest: ", ".join(parts) for rest, parts in told.items()}
 
 
 def _labels(methods: Sequence[str]) -> dict[str, str]:
@@ -156,11 +164,10 @@ def _draw(found: Sequence[Curve], x: str, metric: str, task: str, path: Path) ->
     for column, rest in enumerate(rests):
         axes = figure.add_subplot(1, len(rests), column + 1)
         ceilings: dict[Any, float] = {}
-        positions: dict[str, int] = {}
-        for curve in (c for c in found if c.rest == rest):
-            for point in curve.points:
-                positions.setdefault(json.dumps(point.x), len(positions))
-        numeric = all(isinstance(json.loads(text), int | float) for text in positions)
+        there = _ordered({json.dumps(p.x) for c in found if c.rest == rest for p in c.points})
+        positions = {text: k for k, text in enumerate(there)}
+        numbers = [json.loads(text) for text in there]
+        numeric = all(isinstance(x, int | float) for x in numbers)
         at = (lambda v: v) if numeric else (lambda v: positions[json.dumps(v)])  # noqa: B023
         for curve in (c for c in found if c.rest == rest):
             xs, values = [at(p.x) for p in curve.points], [p.value for p in curve.points]
@@ -172,8 +179,8 @@ def _draw(found: Sequence[Curve], x: str, metric: str, task: str, path: Path) ->
         if ceilings:
             axes.plot(*zip(*sorted(ceilings.items()), strict=True), "k--", label="noise ceiling")
         if not numeric:
-            axes.set_xticks(list(positions.values()), [str(json.loads(text)) for text in positions])
-        elif max(at(json.loads(t)) for t in positions) > 8 * max(1e-12, min(at(json.loads(t)) for t in positions)):
+            axes.set_xticks(list(positions.values()), [str(x) for x in numbers])
+        elif 0 < 8 * min(numbers) < max(numbers):
             axes.set_xscale("log")
         axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axes.set(xlabel=x, ylabel=metric, title=rest if rest else task)

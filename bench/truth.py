@@ -49,7 +49,7 @@ def fill(config: "DictConfig") -> dict[str, int]:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    task = run.build_task(config).public()
+    task = run.build_task(config)
     evaluations, executor = run.build_evaluations(config, task), run.build(config.executor)
     root, console = Path(config.out) / "cache" / "truth", Console()
     if config.plan:

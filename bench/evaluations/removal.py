@@ -113,5 +113,5 @@ class Removal:
                 by_query={"value": found},
                 most=np.inf,
             ),
-            noise: Metric(float(np.std(alone, ddof=1)), np.empty(0), self.controls, truth, better=None),
+            noise: Metric(float(np.std(alone)), np.empty(0), self.controls, truth, better=None),  # of mean 0
         }

@@ -35,6 +35,16 @@ YAMLS = {
         evaluation: [lds]
         """,
     "model/toy.yaml": "# A toy\n_target_: toys_of_cli.Model\n",
+    "study/toy.yaml": """
+        # @package _global_
+        # A toy
+        evaluation: [loo]
+        hydra:
+          sweeper:
+            params:
+              method.k: 1,2
+              seed: 3,4
+        """,
 }
 MODULE = """
 class Model: ...
@@ -350,6 +360,47 @@ def test_a_sweep_goes_on_after_a_failure(
 def test_a_sweep_without_failures(run_toy: Callable[..., int], cwd: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_toy("seed=0,1", "-m", "method.k=range(2)", "out=\"a 'b'\"") == 0
     assert capfd.readouterr() == ("report of a 'b': toy:ok toy:ok toy:ok toy:ok\n", "")
+    assert files(cwd) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs"),
+    [
+        (["study=toy", "seed=9"], [(1, 9), (2, 9)]),
+        (["method.k=6,5", "study=toy"], [(6, 3), (6, 4), (5, 3), (5, 4)]),
+    ],
+)
+def test_a_study_is_a_sweep_in_which_the_users_values_hold(
+    run_toy: Callable[..., int],
+    bench_run: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    cwd: Path,
+    arguments: list[str],
+    jobs: list[tuple[int, int]],
+) -> None:
+    seen: list[DictConfig] = []
+    monkeypatch.setattr(bench_run, "run", lambda config: seen.append(config) or Outcome("ok", None, None, "toy", False))
+    assert run_toy("-m", *arguments) == 0
+    assert [(config.method.k, config.seed) for config in seen] == jobs
+    assert all(config.choice.study == "toy" and list(config.evaluation) == ["loo"] for config in seen)
+    assert files(cwd) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["study=toy"], "error: study=toy is a sweep; add -m\n"),
+        (["-m", "study=toy,regime"], "error: study=toy,regime is several sweeps; one at a time\n"),
+        (["-m", "study=tay"], "error: study=tay is unknown; allowed: "),
+        (["-m", "study=toy", "method.k=x,y"], "error: method.k=x is not possible; allowed: an integer"),
+    ],
+)
+def test_a_mistaken_study_is_one_line(
+    run_toy: Callable[..., int], cwd: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run_toy(*arguments) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith(said)
     assert files(cwd) == []
 
 

@@ -1,14 +1,17 @@
 """Configs: composed from YAML, refused in one line."""
 
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from bench.config import check, check_signature, choices, compose, compose_all, conf_dir, describe, expand, run_key
@@ -228,6 +231,75 @@ def test_expand_knows_glob_and_refuses_what_cannot_be_enumerated() -> None:
     assert [p[0] for p in points] == [f"model={m}" for m in choices("model") if not m.startswith("bert")]
     with pytest.raises(UserError, match=r"^seed=interval\(0.*1.*\) has no end; allowed: a,b, range"):
         expand(["seed=interval(0,1)"])
+
+
+def jobs_of_hydra(overrides: list[str], folder: Path) -> list[list[str]]:
+    """What Hydra's own sweeper launches."""
+    jobs: list[list[str]] = []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", overrides, RunMode.MULTIRUN)
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # Hydra has just loaded it anew
+
+        sweeper = BasicSweeper(None, config.hydra.sweeper.params)
+        sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+        sweeper.hydra_context = SimpleNamespace(config_loader=loader)
+        sweeper.launcher = SimpleNamespace(launch=lambda batch, initial_job_idx: jobs.extend(batch) or [])
+        sweeper.validate_batch_is_legal = lambda batch: None
+        sweeper.sweep(list(config.hydra.overrides.task))
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        (["study=epochs"], 16),
+        (["study=regime"], 24),
+        (["study=repeats"], 16),
+        (["study=subset_size"], 24),
+        (["study=width"], 20),
+        (["study=subset_size", "method=ekfac"], 6),
+        (["seed=0,1", "study=width", "method=ekfac,graddot"], 20),
+        (["study=repeats", "truth.lds.repeats=3,1", "seed=range(2)", "hydra/launcher=joblib"], 16),
+        (["seed=range(2)", "task=digits", "model=glob(logreg*)", "method=loss"], 4),
+    ],
+)
+def test_expand_gives_the_jobs_of_hydra(tmp_path: Path, overrides: list[str], number: int) -> None:
+    expanded = [[o for o in point if not o.startswith("hydra")] for point in expand(overrides)]
+    assert expanded == jobs_of_hydra(overrides, tmp_path)
+    assert len(expanded) == len({tuple(point) for point in expanded}) == number
+    for override in overrides:
+        if override.startswith("method="):
+            methods = {o for point in expanded for o in point if o.startswith("method=")}
+            assert methods == {f"method={m}" for m in override.removeprefix("method=").split(",")}
+
+
+def test_expand_sees_the_studies_and_settings_of_a_user(tmp_path: Path) -> None:
+    """A study that names no task, in a folder of the user's, beside a sweep over models."""
+    (tmp_path / "study").mkdir()
+    text = "# @package _global_\n# Mine\nhydra: {sweeper: {params: {seed: '0,1', task.n_train: 90}}}\n"
+    (tmp_path / "study" / "mine.yaml").write_text(text)
+    points = expand(["study=mine", "task=digits", "model=mlp,logreg", f"hydra.searchpath=['file://{tmp_path}']"])
+    assert [point[1:] for point in points] == [
+        [f"seed={seed}", "task.n_train=90", "study=mine", "task=digits", f"model={model}"]
+        for seed in (0, 1)
+        for model in ("mlp", "logreg")
+    ]
+
+
+@pytest.mark.parametrize("study", choices("study"))
+def test_every_study_composes_and_fits_its_targets(study: str) -> None:
+    """The first point and the last, which between them have another value of each key that is swept."""
+    points = expand([f"study={study}"])
+    keys = [o.partition("=")[0] for o, other in zip(points[0], points[-1], strict=True) if o != other]
+    assert "method" in keys and len(keys) >= 2
+    first, last = compose_all([points[0], points[-1]])
+    for config in (first, last):
+        check(config)
+        assert config.choice.study == study and list(config.evaluation) == ["lds"] and "study" not in run_key(config)
+    swept = re.search(r"x=([\w.]+)\)", describe("study", study))
+    assert swept and swept.group(1) in keys, "the description names the key to draw against"
+    assert OmegaConf.select(first, swept.group(1)) != OmegaConf.select(last, swept.group(1))
 
 
 def test_run_key_holds_what_decides_the_numbers() -> None:

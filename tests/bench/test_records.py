@@ -151,6 +151,7 @@ def test_unknown_keys_are_kept(tmp_path: Path) -> None:
         ({"value": np.zeros(4)}, {}),
         ({"value": np.array(["a", "b", "c"])}, {}),
         ({}, {"lds": np.zeros((2, 2))}),
+        ({}, {"lds": np.zeros((3, 2, 2))}),
     ],
 )
 def test_arrays_that_do_not_fit_their_examples_are_refused(
@@ -284,6 +285,44 @@ def test_a_kept_copy_without_arrays_can_be_read(tmp_path: Path) -> None:
     (folder / "replicates.safetensors").write_bytes(b"\x00" * 3)
     with pytest.raises(ValueError, match=r"replicates\.safetensors"):
         records.read_replicates(folder)
+
+
+def test_parts_of_replicates_are_kept_with_their_shape(tmp_path: Path) -> None:
+    parts = np.arange(12.0).reshape(3, 4)
+    folder = records.write(tmp_path, record(), "", {}, {}, {"lds": parts, "auc": parts[0]})
+    found = records.read_replicates(folder)
+    assert found["lds"].tolist() == parts.tolist() and found["lds"].dtype == np.float32
+    assert found["auc"].shape == (4,)
+
+
+def test_what_each_query_contributes_is_kept(tmp_path: Path) -> None:
+    by_query = {
+        "lds": {"value": np.array([0.1, 1 / 3]), "ceiling": np.array([0.5, 0.25])},
+        "loo_pearson": {"value": np.array([np.nan, 0.2])},
+        "auc": {},
+    }
+    folder = write(tmp_path, by_query=by_query)
+    assert {path.name for path in folder.iterdir()} == FILES | {"queries.safetensors"}
+    found = records.read_queries(folder)
+    assert set(found) == {"lds/value", "lds/ceiling", "loo_pearson/value"}
+    for key, array in found.items():
+        metric, name = key.split("/")
+        np.testing.assert_array_equal(array, by_query[metric][name])
+        assert array.dtype == np.float64, "numbers in full: their mean is the metric"
+    assert records.read_queries(write(tmp_path, record(run_id="none"), by_query={"auc": {}})) == {}
+    assert records.read_queries(write(tmp_path, record(run_id="nothing"))) == {}
+    again = write(tmp_path, replace=True)
+    assert {path.name for path in again.iterdir()} == FILES, "nothing of the replaced record stays"
+
+
+def test_queries_that_are_no_numbers_or_damaged_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lds/value"):
+        write(tmp_path, by_query={"lds": {"value": np.array(["a"])}})
+    assert list(tmp_path.iterdir()) == []
+    folder = write(tmp_path, by_query={"lds": {"value": np.zeros(2)}})
+    (folder / "queries.safetensors").write_bytes(b"\x00")
+    with pytest.raises(ValueError, match=r"queries\.safetensors"):
+        records.read_queries(folder)
 
 
 def test_a_full_disk_is_the_users_to_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,13 +144,15 @@ def test_random_scores_have_no_agreement_and_loo_of_the_exact_method_has(tmp_pat
         "model=logreg",
         "task.n_train=150",
         "task.n_query=20",
-        "evaluation=[lds,loo]",
+        "evaluation=[lds,loo,lgo]",
+        "truth.lgo={groups: 30, size: 5}",
         "method.damping.value=0",
     ]
     exact = records.read(Path(str(run(compose(tmp_path, *settings, "method=exact_ggn")).folder)))["metrics"]
     chance = records.read(Path(str(run(compose(tmp_path, *settings[:-1], "method=random")).folder)))["metrics"]
     assert exact["loo_pearson"]["value"] > 0.95 and exact["lds"]["value"] > 0.8 * exact["lds"]["ceiling"]
     assert exact["loo_slope"]["value"] > 1  # leverage
+    assert exact["lgo_pearson"]["value"] > 0.9 and abs(chance["lgo_pearson"]["value"]) < 0.15
     assert chance["lds"]["low"] < 0 < chance["lds"]["high"] and abs(chance["loo_pearson"]["value"]) < 0.1
 
 
@@ -168,6 +170,58 @@ def test_a_small_change_of_weight_is_what_the_exact_method_says(tmp_path: Path) 
     metrics = records.read(Path(str(outcome.folder)))["metrics"]
     assert metrics["loo_slope"]["value"] == pytest.approx(1, abs=0.02)
     assert metrics["loo_pearson"]["value"] > 0.999
+
+
+PBRF = [*DIGITS[:-2], "model=logreg", "evaluation=[pbrf]", "truth.pbrf.sample=12", "truth.pbrf.damping=0.05"]
+
+
+def test_every_retraining_truth_on_digits(tmp_path: Path) -> None:
+    settings = [
+        *PBRF,
+        "evaluation=[lds,lgo,removal,shapley,pbrf]",
+        "truth.lgo.groups=4",
+        "truth.lgo.size=10",
+        "truth.removal={queries: 3, shares: [0.01], controls: 2, repeats: 1}",
+        "truth.shapley.players=3",
+        "method=exact_ggn",
+        "method.damping.value=0.05",
+    ]
+    outcome = run(compose(tmp_path, *settings))
+    record, folder = records.read(Path(str(outcome.folder))), Path(str(outcome.folder))
+    metrics = record["metrics"]
+    effects = {
+        f"{k}_{name}" for k in ("lgo", "pbrf") for name in ("pearson", "spearman", "top10", "slope", "intercept")
+    }
+    shapley = {f"shapley_{name}" for name in ("pearson", "spearman", "top10")}
+    rest = {"lds", "lds_pearson", "lds_kendall", "removal_area", "removal_noise", "qld", "qld_noise", "pbrf_exact_ggn"}
+    assert set(metrics) == effects | shapley | rest
+    assert outcome.status == "ok" and all(metric["value"] is not None for metric in metrics.values())
+    # the truth has the method's own damping: scores are its linear prediction
+    assert metrics["pbrf_pearson"]["value"] == pytest.approx(metrics["pbrf_exact_ggn"]["value"], abs=1e-4)
+    assert metrics["removal_area"]["value"] > 0
+    made = {name: note["made"] for name, note in record["truths"].items()}
+    assert made["removal"] in range(3, 6), "two queries may have one best helper"
+    assert made == {"lds": 12, "lgo": 5, "removal": made["removal"], "shapley": 7}
+    queries = records.read_queries(folder)
+    for name, metric in metrics.items():
+        if f"{name}/value" in queries:
+            assert queries[f"{name}/value"].mean() == pytest.approx(metric["value"])
+            assert len(queries[f"{name}/value"]) == metric["n"] == (3 if name in ("removal_area", "qld") else 12)
+            assert (f"{name}/ceiling" in queries) == (metric["ceiling"] is not None) == name.startswith("lds")
+    assert len([name for name in queries if name.endswith("/value")]) == 3 + 3 * 2 + 2
+    parts = records.read_replicates(folder)
+    assert parts["lds"].shape == parts["pbrf_slope"].shape == (3, 1000)
+    assert parts["lgo_top10"].shape == parts["qld"].shape == (1000,) and "qld_noise" not in parts
+
+
+def test_a_truth_that_cannot_be_trusted_is_an_unfit_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.evaluations.pbrf.FAITHFUL", 1.01)
+    outcome = run(compose(tmp_path, *PBRF, "method=graddot"))
+    record = records.read(Path(str(outcome.folder)))
+    assert outcome.status == record["status"] == "unfit" and record["metrics"] == {}
+    assert "truth.pbrf.damping=0.05 is no truth: 0 of 12 optimisations did not converge" in record["reason"]
+    (table,) = aggregate.tables(tables.load(tmp_path))
+    assert table.notes == (f"† unfit: {record['reason']}",)
 
 
 def test_a_report_shows_the_table_of_its_runs_and_where_they_lie(tmp_path: Path) -> None:

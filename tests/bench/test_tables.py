@@ -408,7 +408,184 @@ def test_pairs_are_made_over_the_seeds_that_both_have() -> None:
         return run(name, seed, {"lds": metric(value)}, replicates={"lds": value + SHARED})
 
     stored = [of("a", 0, 0.4), of("a", 1, 0.8), of("b", 0, 0.41), of("c", 1, 0.5), of("d", 2, 0.1)]
-    assert bold(only(stored)) == {"a", "b"}  # on seed 0 b is not worse; c is on seed 1; d shares none
+    table = only(stored)
+    assert bold(table) == {"a", "b"}  # on seed 0 b is not worse; c is on seed 1; d shares none
+    assert {d.row: round(d.difference, 12) for d in table.differences} == {"b": -0.01, "c": 0.3}
+
+
+def around_difference(tail: int, size: int = 199) -> np.ndarray:
+    """Deviations (R,) of mean 0 by which a difference of .1 has `tail` replicates below 0: p = 2 (1 + tail) / 200."""
+    deviations = np.full(size, 0.2 * tail / (size - tail))
+    deviations[:tail] = -0.2
+    return deviations
+
+
+def test_holm_over_three_methods_by_hand() -> None:
+    def of(*tails: int) -> Table:
+        best = run("a", metrics={"lds": metric(0.5)}, replicates={"lds": np.full(199, 0.5)})
+        others = [
+            run(name, replicates={"lds": 0.4 - around_difference(tail)})
+            for name, tail in zip("bcd", tails, strict=True)
+        ]
+        return only([best, *others])
+
+    # p = .02, .03, .04, each below .05; adjusted 3 · .02, 2 · .03, .04 and never less than the one before: .06 all
+    table = of(1, 2, 3)
+    assert {d.row: d.p for d in table.differences} == pytest.approx({"b": 0.06, "c": 0.06, "d": 0.06})
+    assert bold(table) == {"a", "b", "c", "d"}
+    # p = .01, .03, .04: 3 · .01, 2 · .03, .06
+    table = of(0, 2, 3)
+    assert {d.row: d.p for d in table.differences} == pytest.approx({"b": 0.03, "c": 0.06, "d": 0.06})
+    assert bold(table) == {"a", "c", "d"}
+    # p = .01, .02, .04: 3 · .01, 2 · .02, .04
+    table = of(0, 1, 3)
+    assert {d.row: d.p for d in table.differences} == pytest.approx({"b": 0.03, "c": 0.04, "d": 0.04})
+    assert bold(table) == {"a"}
+
+
+def test_columns_are_corrected_each_for_itself() -> None:
+    replicates = {"a": np.full(199, 0.5), "b": 0.4 - around_difference(1), "c": 0.4 - around_difference(1)}
+    stored = [
+        run(
+            name,
+            metrics={
+                key: metric(value[0] if name == "a" else 0.4) for key in ("lds", "auc") if (name, key) != ("c", "auc")
+            },
+            replicates={"lds": value, "auc": value},
+        )
+        for name, value in replicates.items()
+    ]
+    table = only(stored)
+    assert {(d.column.split()[0], d.row): d.p for d in table.differences} == pytest.approx(
+        {("lds", "b"): 0.04, ("lds", "c"): 0.04, ("auc", "b"): 0.02}
+    )
+
+
+def test_differences_in_csv(tmp_path: Path) -> None:
+    table = only(
+        [
+            run("a", metrics={"lds": metric(0.5)}, replicates={"lds": np.full(199, 0.5)}),
+            run("b", config={"k": 1}, replicates={"lds": 0.4 - around_difference(2)}),
+            run("b", config={"k": 2}, replicates={"lds": 0.4 - around_difference(0)}),
+            run("no replicates"),
+        ]
+    )
+    paths = write(table, tmp_path)
+    assert [path.name for path in paths] == [
+        f"{table.name}{end}" for end in (".csv", ".md", ".tex", "-differences.csv")
+    ]
+    lines = sorted(csv.DictReader(paths[-1].open()), key=lambda line: line["row"])
+    assert [(line["column"], line["best"], line["row"]) for line in lines] == [
+        ("lds common 50%x50x2", "a", "b (k=1)"),
+        ("lds common 50%x50x2", "a", "b (k=2)"),
+    ]
+    first, second = ({key: float(line[key]) for key in ("difference", "low", "high", "p")} for line in lines)
+    low, high = 0.1 + np.quantile(around_difference(2), [0.025, 0.975])
+    assert first == pytest.approx({"difference": 0.1, "low": low, "high": high, "p": 0.03})
+    assert second == pytest.approx({"difference": 0.1, "low": 0.1, "high": 0.1, "p": 0.02})
+    assert bold(table) == {"a"}, "what cannot be compared is not called equal"
+    assert to_csv(table) == paths[0].read_text()
+
+
+def test_tables_without_anything_to_compare_have_no_differences(tmp_path: Path) -> None:
+    for stored in ([run()], [run("a"), run("b")], [run("a", metrics={"x": metric(1, better=None)}), run("b")]):
+        table = only(stored)
+        assert table.differences == () and len(write(table, tmp_path)) == 3
+
+
+# --- parts of a crossed bootstrap ------------------------------------------------------------------------------------
+
+PARTS = np.random.default_rng(5).normal(size=(3, 400)) * np.array([[0.05], [0.03], [0.01]])
+PARTS -= PARTS.mean(1, keepdims=True)
+
+
+def noise(size: float, seed: int) -> np.ndarray:
+    found: np.ndarray = np.random.default_rng(seed).normal(0, size, PARTS.shape)
+    return found - found.mean(1, keepdims=True)
+
+
+def test_parts_are_averaged_over_seeds_part_by_part() -> None:
+    parts = [PARTS, PARTS[:, ::-1], 3 * PARTS]
+    stored = [run(seed=s, metrics={"lds": metric(0.1 + 0.2 * s)}, replicates={"lds": parts[s]}) for s in range(3)]
+    found = cell(only(stored), "ekfac")
+    mean = (parts[0] + parts[1] + parts[2]) / 3
+    both = mean[0] + mean[1]
+    variance = mean[0].var() + mean[1].var() - mean[2].var()
+    wanted = 0.3 + np.quantile(both * np.sqrt(variance / (mean[0].var() + mean[1].var())), [0.025, 0.975])
+    assert found.value == pytest.approx(0.3)
+    assert (found.low, found.high) == pytest.approx(tuple(wanted))
+    alone = cell(only(stored[:1]), "ekfac")
+    assert (alone.low, alone.high) == (0.0, 0.2), "one seed keeps its own"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_parts_are_paired_by_their_differences(sign: int) -> None:
+    better = "higher" if sign == 1 else "lower"
+
+    def of(own: float) -> Table:
+        return only(
+            [
+                run(
+                    name,
+                    metrics={"lds": metric(sign * value, better=better)},
+                    replicates={"lds": PARTS + noise(own, k)},
+                )
+                for k, (name, value) in enumerate({"a": 0.42, "b": 0.40, "c": 0.1}.items())
+            ]
+        )
+
+    near, far = of(0.001), of(0.02)
+    assert bold(near) == {"a"} and bold(far) == {"a", "b"}
+    (found,) = [d for d in near.differences if d.row == "b"]
+    assert found.best == "a" and found.difference == pytest.approx(0.02) and found.low < 0.02 < found.high
+    assert found.low > 0.01 and found.p == pytest.approx(2 * 2 / 401), "2 tests, none of 400 below 0"
+    parts = noise(0.001, 0) - noise(0.001, 1)
+    variance = max(parts[0].var() + parts[1].var() - parts[2].var(), parts[0].var(), parts[1].var())
+    assert (found.high - found.low) / 3.92 == pytest.approx(variance**0.5, rel=0.15)
+
+
+def test_parts_are_paired_over_the_seeds_of_both() -> None:
+    stored = [
+        run(name, s, {"lds": metric(value)}, replicates={"lds": (1 + s) * PARTS + noise(0.001, s)})
+        for name, value, seeds in (("a", 0.42, (0, 1, 2)), ("b", 0.4, (1, 2, 3)))
+        for s in seeds
+    ]
+    table = only(stored)
+    (found,) = table.differences
+    assert (found.best, found.row) == ("a", "b") and found.difference == pytest.approx(0.02)
+    assert (found.low, found.high) == pytest.approx((0.02, 0.02)), "what both share is no noise of the difference"
+    assert bold(table) == {"a"}
+
+
+def test_parts_of_a_slope_are_compared_by_the_distance_to_one() -> None:
+    def of(own: float) -> set[str]:
+        values = {"a": 0.9, "b": 1.15, "c": 2.0}
+        return bold(
+            only(
+                [
+                    run(name, metrics={"s": metric(v, better="one")}, replicates={"s": noise(own, k)})
+                    for k, (name, v) in enumerate(values.items())
+                ]
+            )
+        )
+
+    assert of(0.1) == {"a", "b"} and of(0.001) == {"a"}
+
+
+def test_parts_and_replicates_of_older_records_are_not_paired() -> None:
+    stored = [
+        run("a", metrics={"lds": metric(0.42)}, replicates={"lds": PARTS}),
+        run("b", metrics={"lds": metric(0.41)}, replicates={"lds": 0.41 + PARTS[0]}),
+        run("c", metrics={"lds": metric(0.41)}, replicates={"lds": PARTS[:, :-1]}),
+    ]
+    table = only(stored)
+    assert bold(table) == {"a"} and table.differences == ()
+    mixed = [
+        run(seed=0, metrics={"lds": metric(0.4, low=0.3, high=0.5)}, replicates={"lds": PARTS}),
+        run(seed=1, metrics={"lds": metric(0.6, low=0.4, high=0.9)}, replicates={"lds": 0.6 + PARTS[0]}),
+    ]
+    found = cell(only(mixed), "ekfac")
+    assert (found.low, found.high) == pytest.approx((0.35, 0.7)), "the mean of the bounds"
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -497,9 +674,11 @@ def test_the_program_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert main([f"out={tmp_path}"]) == 0
     assert len(capsys.readouterr().out.split("noise ceiling")) == 3
-    assert len(list((tmp_path / "tables").iterdir())) == 6
+    assert len(list((tmp_path / "tables").iterdir())) == 7
+    (path,) = (tmp_path / "tables").glob("*-differences.csv")
+    assert path.name.startswith("digits-"), "where two were compared"
     assert main([f"out={tmp_path}", "task=digits", "format=csv"]) == 0
-    (path,) = (tmp_path / "tables").glob("digits-bundled-mlp-n1000-*.csv")
+    (path,) = (tmp_path / "tables").glob("digits-bundled-mlp-n1000-????????.csv")
     printed = capsys.readouterr().out
     assert printed.strip() == path.read_text().strip()
     assert printed.count("True") == 2  # the replicates came along: a tie
@@ -509,6 +688,7 @@ def test_a_table_is_rebuilt_from_kept_records_byte_for_byte(tmp_path: Path) -> N
     stored = [run(m, s, replicates={"lds": 0.4 + SHARED.astype(np.float32)}) for m in "ab" for s in range(3)]
     stored_in(tmp_path, *stored)
     first = [(p.name, p.read_bytes()) for p in write(only(load(tmp_path)), tmp_path / "tables")]
+    assert len(first) == 4
     for scores in tmp_path.rglob("scores.safetensors"):
         scores.unlink()
     assert [(p.name, p.read_bytes()) for p in write(only(load(tmp_path)), tmp_path / "tables")] == first

@@ -1,6 +1,6 @@
 """Builders that are killed, run out of disk or may not write: what was finished is kept, whole, and made once.
 
-Functions whose name starts with `story` run in a process of their own, which imports torch once and forks builders.
+Functions whose name starts with `story` run in a process of their own, which forks builders.
 """
 
 import json
@@ -39,26 +39,54 @@ HERE = Path(__file__).parent
 UNIT = 2  # rows that are trained, and kept, together: always the same two, so that rows are equal bit by bit
 SLOW = vector_task(epochs=100, batch_size=12)  # a unit takes some 60 ms
 QUICK = vector_task(epochs=1, batch_size=12)
-LONG = planned(random_subsets(24, 30, 0.5, 0), 2, "common", 0, 0)
+LONG = planned(random_subsets(24, 20, 0.5, 0), 2, "common", 0, 0)
 SHORT = LONG.select(range(6))
 PATIENCE = 60.0  # seconds that nothing takes unless it hangs
 
 
-def alone(story: Callable[[Path], None], folder: Path) -> None:
-    """Runs a story in a process of its own: no thread of this one is forked."""
-    program = f"import sys, test_crashes as t; t.begin(); t.{story.__name__}(t.Path(sys.argv[1]))"
+Tell = Callable[[Callable[[Path], None]], None]
+
+
+@pytest.fixture(scope="module")
+def teller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported everything, and has no thread that a fork would lose."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-c", program, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=4 * PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-c", "import test_crashes; test_crashes.serve()"]
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def begin() -> None:
-    """What a story's builders share: everything imported, one thread, units of two rows."""
+@pytest.fixture
+def tell(teller: subprocess.Popen[str], tmp_path: Path) -> Tell:
+    """Runs a story in a folder of its own; what it says is the test's."""
+
+    def run(story: Callable[[Path], None]) -> None:
+        assert teller.stdin is not None and teller.stdout is not None
+        (tmp_path / "story").mkdir()
+        teller.stdin.write(f"{story.__name__} {tmp_path}\n")
+        teller.stdin.flush()
+        assert teller.stdout.readline() == "0\n", (tmp_path / "said").read_text()
+
+    return run
+
+
+def serve() -> None:
+    """Forks a process for every story. They share one thread and units of two rows."""
     torch.set_num_threads(1)
     engines.STACK = dict.fromkeys(engines.STACK, UNIT)
     stacked(QUICK, SHORT.select([0, 1]))
+    for line in sys.stdin:
+        name, _, folder = line.rstrip("\n").partition(" ")
+
+        def work(say: Callable[[object], None], name: str = name, folder: Path = Path(folder)) -> None:
+            os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT), 2)
+            globals()[name](folder / "story")
+
+        child = forked(work)
+        print(os.waitpid(child.pid, 0)[1], flush=True)
 
 
 # --- builders --------------------------------------------------------------------------------------------------------
@@ -145,6 +173,11 @@ def build(root: Path, task: Task, plan: Plan, progress: Callable[[int, int], Non
     return retrain(task, plan, root, Executor("vectorised", 1), progress)
 
 
+def uninterrupted(folder: Path, task: Task, plan: Plan) -> Rows:
+    builder(folder / "uninterrupted", task, plan).wait()
+    return build(folder / "uninterrupted", task, plan)  # read
+
+
 def on_disk(root: Path, task: Task) -> list[str]:
     """The key of every row in every file; every file is what was written."""
     keys = []
@@ -163,7 +196,8 @@ def claimed(root: Path, task: Task) -> list[str]:
 
 
 def assert_whole(root: Path, task: Task, plan: Plan, wanted: Rows) -> None:
-    """Every row once, bit by bit as in an uninterrupted build."""
+    """After one more launch: every row once, bit by bit as in an uninterrupted build."""
+    builder(root, task, plan).wait()
     found = build(root, task, plan)
     for name, values in wanted.items():
         assert np.array_equal(found[name], values)
@@ -183,7 +217,7 @@ def assert_tidy(out: Path, task: Task) -> None:
 
 
 def story_thirty_kills(folder: Path) -> None:
-    wanted, random_time = build(folder / "uninterrupted", SLOW, LONG), random.Random(0)
+    wanted, random_time = uninterrupted(folder, SLOW, LONG), random.Random(0)
     kills, finished = 0, 0
     while kills < 30:
         out = folder / str(finished)
@@ -201,18 +235,18 @@ def story_thirty_kills(folder: Path) -> None:
         else:  # it was too quick: once more from the beginning
             assert_whole(root, SLOW, LONG, wanted)
             finished += 1
-    builder(root, SLOW, LONG).wait()
     assert_whole(root, SLOW, LONG, wanted)
     assert_tidy(out, SLOW)
 
 
 @pytest.mark.slow
-def test_thirty_kills_lose_the_rows_in_flight_and_nothing_else(tmp_path: Path) -> None:
-    alone(story_thirty_kills, tmp_path)
+def test_thirty_kills_lose_the_rows_in_flight_and_nothing_else(tell: Tell) -> None:
+    tell(story_thirty_kills)
 
 
 def story_killed_at_every_step(folder: Path) -> None:
-    wanted = build(folder / "uninterrupted", QUICK, SHORT)
+    two_units = SHORT.select(range(2 * UNIT))
+    wanted = uninterrupted(folder, QUICK, two_units)
     steps = {"open", "os.rename", "os.remove", "os.mkdir", "fcntl.flock", "os.scandir", "os.listdir"}
 
     def at(step: int, root: Path) -> Callable[[], object]:
@@ -230,11 +264,11 @@ def story_killed_at_every_step(folder: Path) -> None:
     for step in range(1, 10_000):
         out = folder / str(step)
         root = out / "cache" / "truth"
-        child = builder(root, QUICK, SHORT, at(step, root))
+        child = builder(root, QUICK, two_units, at(step, root))
         until(lambda child=child: not child.alive())
         assert child.status in (0, signal.SIGKILL)
         assert len(on_disk(root, QUICK)) >= child.done
-        assert_whole(root, QUICK, SHORT, wanted)
+        assert_whole(root, QUICK, two_units, wanted)
         assert_tidy(out, QUICK)
         if child.status == 0:
             assert step > 30, "killed hardly anywhere"
@@ -243,42 +277,75 @@ def story_killed_at_every_step(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_step_on_the_disk_leaves_a_store_that_resumes(tmp_path: Path) -> None:
-    alone(story_killed_at_every_step, tmp_path)
+def test_a_kill_at_every_step_on_the_disk_leaves_a_store_that_resumes(tell: Tell) -> None:
+    tell(story_killed_at_every_step)
+
+
+def story_half_written(folder: Path) -> None:
+    """Killed by the kernel while it writes: beyond a limit, a write is a signal."""
+    wanted = uninterrupted(folder, QUICK, SHORT)
+
+    def within(limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+    for limit, name in ((400, ".*.part"), (100, "builders/*.part")):
+        out = folder / str(limit)
+        root = out / "cache" / "truth"
+        builder(root, QUICK, SHORT.select(range(UNIT))).wait()
+        child = builder(root, QUICK, SHORT, lambda limit=limit: within(limit))
+        until(lambda child=child: not child.alive())
+        assert child.status == signal.SIGXFSZ and child.done == UNIT
+        (half,) = store_of(QUICK, root).folder.glob(name)
+        assert half.stat().st_size == limit and sorted(on_disk(root, QUICK)) == sorted(SHORT.keys()[:UNIT])
+        assert_whole(root, QUICK, SHORT, wanted)
+        assert half.exists()
+        assert_tidy(out, QUICK)
+
+
+def test_a_builder_that_dies_while_it_writes_leaves_no_half_row(tell: Tell) -> None:
+    tell(story_half_written)
 
 
 def story_eight_builders(folder: Path) -> None:
-    wanted = build(folder / "uninterrupted", SLOW, LONG)
-    root = folder / "root"
+    """Of long trainings, and of ones so short that all claim all the time."""
+    for task in (SLOW, QUICK):
+        wanted, root = uninterrupted(folder, task, LONG), folder / "shared"
+        go = folder / f"go {task.recipe.epochs}"
 
-    def work(say: Callable[[object], None]) -> None:
-        def noted(task: Task, plan: Plan) -> Rows:
-            for key in Plan.keys(plan):
-                say(f"made {key}")
-            return stacked(task, plan)
+        def work(
+            say: Callable[[object], None], task: Task = task, wanted: Rows = wanted, root: Path = root, go: Path = go
+        ) -> None:
+            def noted(task: Task, plan: Plan) -> Rows:
+                for key in Plan.keys(plan):
+                    say(f"made {key}")
+                return stacked(task, plan)
 
-        engines.stacked = noted
-        found = build(root, SLOW, LONG)
-        assert all(np.array_equal(found[name], values) for name, values in wanted.items())
-        say("equal")
+            engines.stacked = noted
+            until(go.exists)
+            found = build(root, task, LONG)
+            assert all(np.array_equal(found[name], values) for name, values in wanted.items())
+            say("equal")
 
-    children = [forked(work) for _ in range(8)]
-    for child in children:
-        child.wait()
-        assert child.told[-1] == "equal"
-    made = [[line.split()[1] for line in child.told if line.startswith("made ")] for child in children]
-    assert sorted(key for keys in made for key in keys) == sorted(LONG.keys()), "made twice, or never"
-    assert sum(len(keys) > 0 for keys in made) > 1, "nothing was shared"
-    assert_whole(root, SLOW, LONG, wanted)
+        children = [forked(work) for _ in range(8)]
+        go.touch()
+        for child in children:
+            child.wait()
+            assert child.told[-1] == "equal"
+        made = [[line.split()[1] for line in child.told if line.startswith("made ")] for child in children]
+        assert sorted(key for keys in made for key in keys) == sorted(LONG.keys()), "made twice, or never"
+        assert sum(len(keys) > 0 for keys in made) > 1, "nothing was shared"
+        assert_whole(root, task, LONG, wanted)
 
 
 @pytest.mark.slow
-def test_eight_builders_make_every_row_once(tmp_path: Path) -> None:
-    alone(story_eight_builders, tmp_path)
+def test_eight_builders_make_every_row_once(tell: Tell) -> None:
+    tell(story_eight_builders)
 
 
 def story_taken_over(folder: Path) -> None:
-    wanted = build(folder / "uninterrupted", QUICK, LONG)
+    wanted = uninterrupted(folder, QUICK, LONG)
     out = folder / "shared"
     root = out / "cache" / "truth"
 
@@ -303,8 +370,8 @@ def story_taken_over(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_those_who_wait_take_over_what_a_killed_builder_held(tmp_path: Path) -> None:
-    alone(story_taken_over, tmp_path)
+def test_those_who_wait_take_over_what_a_killed_builder_held(tell: Tell) -> None:
+    tell(story_taken_over)
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
@@ -328,12 +395,12 @@ def refused(root: Path, before: Callable[[], object]) -> str:
 
 def story_full_disk(folder: Path) -> None:
     """No file may grow beyond a limit: a whole row does not fit, nor what is claimed, nor anything at all."""
-    wanted = build(folder / "uninterrupted", QUICK, SHORT)
+    wanted = uninterrupted(folder, QUICK, SHORT)
     for limit, rows in ((400, 0), (400, 2), (100, 2), (0, 0)):
         out = folder / f"{limit} {rows}"
         root = out / "cache" / "truth"
         if rows:
-            build(root, QUICK, SHORT.select(range(rows)))
+            builder(root, QUICK, SHORT.select(range(rows))).wait()
         line = refused(root, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         assert line == (
             f"out={store_of(QUICK, root).folder} cannot be written (File too large); finished rows are kept"
@@ -346,16 +413,16 @@ def story_full_disk(folder: Path) -> None:
         assert_tidy(out, QUICK)
 
 
-def test_a_full_disk_is_one_line_and_the_store_resumes(tmp_path: Path) -> None:
-    alone(story_full_disk, tmp_path)
+def test_a_full_disk_is_one_line_and_the_store_resumes(tell: Tell) -> None:
+    tell(story_full_disk)
 
 
 def story_read_only(folder: Path) -> None:
     """Another user's folder: also for root, who becomes nobody."""
-    wanted = build(folder / "uninterrupted", QUICK, SHORT)
+    wanted = uninterrupted(folder, QUICK, SHORT)
     with tempfile.TemporaryDirectory() as name:
         root, place = Path(name) / "root", store_of(QUICK, Path(name) / "root").folder
-        build(root, QUICK, SHORT.select([0, 1]))
+        builder(root, QUICK, SHORT.select([0, 1])).wait()
         before = sorted(path.name for path in root.rglob("*"))
         folders = [Path(name), *(path for path in root.rglob("*") if path.is_dir()), root]
         for path in folders:
@@ -370,8 +437,8 @@ def story_read_only(folder: Path) -> None:
         assert_whole(root, QUICK, SHORT, wanted)
 
 
-def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path) -> None:
-    alone(story_read_only, tmp_path)
+def test_a_folder_of_somebody_else_is_one_line(tell: Tell) -> None:
+    tell(story_read_only)
 
 
 @contextmanager
@@ -396,7 +463,7 @@ def test_a_row_with_one_wrong_byte_is_told_and_made_again(
         told: list[int] = []
         with pytest.warns(UserWarning, match=f"{path.name} is damaged: its rows are made again") as warned:
             found = build(tmp_path, QUICK, SHORT, lambda done, of: told.append(done))
-        assert len(warned) == 1 and told == [4, 6]
+        assert len(warned) == 1 and told == [4, 6, 6]
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
-        assert_whole(tmp_path, QUICK, SHORT, wanted)
+        assert sorted(on_disk(tmp_path, QUICK)) == sorted(SHORT.keys())
         assert path.with_suffix(".damaged").read_bytes() == content, "set aside, for whoever wants to look"
