@@ -62,7 +62,10 @@ def curves(found: Sequence[Record], x: str, metric: str) -> list[Curve]:
         flat.pop("seed", None)
         of_method = {k: v for k, v in flat.items() if k.startswith("method.")}
         of_truth = dict(record["metrics"][metric].get("truth") or {})
-        for key in (x.rpartition(".")[2] if x.startswith("truth.") else "", "explained_seed"):
+        owner, _, last = x.rpartition(".")
+        if last == "regime":  # a fixed truth does not name the repeats that it has no use for
+            of_truth.setdefault("repeats", flat.get(f"{owner}.repeats"))
+        for key in (last if x.startswith("truth.") else "", "explained_seed"):
             of_truth.pop(key, None)
         others = {k: v for k, v in flat.items() if k.partition(".")[0] in ("model", "task", "data")}
         others |= {f"truth.{k}": v for k, v in of_truth.items()}

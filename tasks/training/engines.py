@@ -4,6 +4,7 @@ An engine never changes what a row means, only where and how fast it is made.
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -193,8 +194,9 @@ def _on_ray(executor: Executor, task: Task, make: Engine) -> Iterator[Submit]:
         if executor.address is None:
             settings |= {"num_cpus": executor.processes(), "include_dashboard": False}
         try:
+            _reach(executor.address or "")
             ray.init(address=executor.address, **settings)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 "executor.address", executor.address, "answers no Ray cluster", hint=str(error).splitlines()[0]
             ) from error
@@ -213,6 +215,13 @@ def _on_ray(executor: Executor, task: Task, make: Engine) -> Iterator[Submit]:
             f"lost its workers ({type(error).__name__}, after {RETRIES} more tries)",
             hint="finished rows are kept; the same command resumes",
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray would end the process, without an exception."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def stacked(task: Task, plan: Plan) -> Rows:

@@ -132,6 +132,20 @@ def test_the_newest_number_of_a_seed_counts() -> None:
         assert [p.value for p in curve.points] == [0.7, 0.4]
 
 
+def test_a_fixed_truth_stands_beside_those_with_repeats() -> None:
+    common = {"subsets": 50, "repeats": 2, "regime": "common", "fraction": 0.5, "seed": 0}
+    fixed = {"subsets": 50, "regime": "fixed", "fraction": 0.5, "seed": 0}
+    stored = [
+        run(seed=s, truth__lds__regime=truth["regime"], metric={"truth": truth})
+        for s in (0, 1)
+        for truth in (common, {**common, "regime": "fresh"}, {**fixed, "explained_seed": s})
+    ]
+    (curve,) = curves(stored, "truth.lds.regime", "lds")
+    assert [(p.x, p.seeds) for p in curve.points] == [("common", 2), ("fixed", 2), ("fresh", 2)]
+    more = run(truth__lds__regime="fresh", truth__lds__repeats=4, metric={"truth": {**common, "repeats": 4}})
+    assert len(curves([*stored, more], "truth.lds.regime", "lds")) == 1, "four repeats have one regime only"
+
+
 def test_one_x_is_no_curve() -> None:
     stored = [run("ekfac", truth__lds__fraction=f) for f in (0.1, 0.5)] + [run("graddot"), run("graddot", seed=1)]
     assert [c.method for c in curves(stored, FRACTION, "lds")] == ["ekfac"]
