@@ -58,6 +58,7 @@ def run(config: DictConfig) -> Outcome:
     evaluations, executor = build_evaluations(config, task), build(config.executor)
     covered = coverage_of(task, method)
     check_device(config.device)
+    executor.engine_for(task)  # an engine that cannot train this model is told before anything is trained
     identity = {
         "config": configuration.run_key(config),
         "code": source_of(method),

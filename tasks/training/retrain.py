@@ -47,6 +47,8 @@ def retrain(
     `progress(done, rows)` is told what is done.
     """
     task = task.public()
+    if plan.weights.shape[1] != len(task.train):
+        raise ValueError(f"weights of {plan.weights.shape[1]} examples, the task has {len(task.train)}")
     store, keys = store_of(task, root, shipped), plan.keys()
     size = (plan.weights > 0).sum(1).tolist()  # rows of one size make one stack: neighbours
     where = {keys[row]: row for row in sorted(range(len(plan)), key=lambda row: size[row])}

@@ -61,8 +61,8 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
 
     template = task.initial(0)
     initial = {s: dict(task.initial(s).named_parameters()) for s in set(seeds)}
-    stack = {
-        name: _by_columns(torch.stack([initial[s][name].detach() for s in seeds])).requires_grad_()
+    leaves = {
+        name: _turned(torch.stack([initial[s][name].detach() for s in seeds])).contiguous().requires_grad_()
         for name, p in template.named_parameters()
         if p.requires_grad
     }
@@ -74,7 +74,7 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     ]  # (M, B)
     forward = _forward(template)
     unweighted = own_batches and bool(((weights == 0) | (weights == 1)).all())
-    update = optimizer(task.recipe, stack.values())
+    update = optimizer(task.recipe, leaves.values())
     model_axis = torch.arange(models)[:, None]
     template.train()
     for index, rate in zip(steps, learning_rates(task.recipe, len(steps)), strict=True):
@@ -82,7 +82,7 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
             group["lr"] = rate
         rows = index.flatten()
         inputs = {k: v.index_select(0, rows).unflatten(0, index.shape) for k, v in task.train.inputs.items()}
-        outputs = forward(stack, inputs)  # (M, B, ...)
+        outputs = forward({name: _turned(leaf) for name, leaf in leaves.items()}, inputs)  # (M, B, ...)
         losses = task.objective.loss(outputs.flatten(0, 1), task.train.targets[rows])
         if not unweighted:
             losses = losses.view_as(index) * weights[model_axis, index]
@@ -90,9 +90,9 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
         update.zero_grad(set_to_none=True)
         value.backward()
         if task.recipe.clip is not None:
-            clip([p.grad for p in stack.values() if p.grad is not None], task.recipe.clip, stacked=True)
+            clip([p.grad for p in leaves.values() if p.grad is not None], task.recipe.clip, stacked=True)
         update.step()
-    return {name: p.detach() for name, p in stack.items()}
+    return {name: _turned(leaf.detach()) for name, leaf in leaves.items()}
 
 
 def _forward(template: nn.Module) -> Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]:
@@ -103,9 +103,9 @@ def _forward(template: nn.Module) -> Callable[[dict[str, Tensor], dict[str, Tens
     return vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
 
 
-def _by_columns(weight: Tensor) -> Tensor:
-    """Weights (M, out, in) laid out as (M, in, out): gradients come in this layout and need no copy."""
-    return weight.transpose(1, 2).contiguous().transpose(1, 2) if weight.ndim == 3 else weight
+def _turned(weight: Tensor) -> Tensor:
+    """Weights (M, out, in) as (M, in, out) and back: so laid out, their gradients need no copy."""
+    return weight.mT if weight.ndim == 3 else weight
 
 
 @torch.no_grad()
