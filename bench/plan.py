@@ -43,6 +43,8 @@ def planned_work(
             f"{executor.engine_for(task)}: at most about {seconds:.0f} s on {executor.processes()} processes, "
             f"{len(missing) * rows * 8 / 2**20:.1f} MiB"
         )
+        if later := getattr(evaluation, "later", None):
+            lines[-1] += f"; then {later()} more for each method"
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 python -m bench.study x=truth.lds.fraction [metric=lds] [task=digits] [out=results]
 """
 
+import difflib
 import json
 import re
 import sys
@@ -223,6 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         there = [record for record, _ in records.read_all(options["out"], [options["task"]])]
         if not there:
             raise UserError("task", options["task"], f"has no records in {options['out']}")
+        metrics = sorted({metric for record in there for metric in record["metrics"]})
+        if options["metric"] not in metrics:
+            raise UserError("metric", options["metric"], "is in no record", allowed=metrics)
+        keys = sorted({key for record in there for key in flatten(record["config"])})
+        if options["x"] not in keys:
+            near = difflib.get_close_matches(options["x"], keys, 1)
+            hint = f"did you mean {near[0]}?" if near else None
+            raise UserError("x", options["x"], "is no key of the records' configs", hint=hint)
         found = curves(there, options["x"], options["metric"])
         if not found:
             raise UserError(

@@ -226,6 +226,8 @@ def _fill(arguments: list[str]) -> int:
     for argument in overrides:
         if argument.startswith("-"):
             raise UserError(argument, None, "is no option here", allowed=["-m", "--help"])
+        if "=" not in argument:
+            raise UserError(argument, None, "is not understood", allowed=["key=value", "list", "verify", "prune"])
     points = config.expand(overrides) if many else [overrides]
     composed = config.compose_all(points)
     if not many and composed[0].choice.study is not None:
@@ -260,7 +262,8 @@ def _verify(out: Path) -> int:
     damaged = verify(out)
     for path in damaged:
         print(f"damaged: {path}")
-    print(f"{len(damaged)} damaged" + ("; the next run makes their rows again" if damaged else ""))
+    files = sum(len(list(folder.glob("*.safetensors"))) for folder in stores(out))
+    print(f"{len(damaged)} of {files} files damaged" + ("; the next run makes their rows again" if damaged else ""))
     return 1 if damaged else 0
 
 

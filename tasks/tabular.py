@@ -111,7 +111,13 @@ def _read(data: str, data_dir: str | None, target: str | None, kind: str) -> Tab
     if data == "folder":
         return read_table(data_dir, target, kind)
     if data not in BUNDLED:
-        raise UserError("task.data", data, "is unknown", allowed=(*BUNDLED, "folder"))
+        raise UserError(
+            "task.data",
+            data,
+            "is unknown",
+            allowed=(*BUNDLED, "folder"),
+            hint="a file of yours: task.data=folder task.data_dir=<file> task.target=<column>",
+        )
     for key, value in {"data_dir": data_dir, "target": target}.items():
         if value is not None:
             raise UserError(f"task.{key}", value, f"is not for task.data={data}", hint="add task.data=folder")

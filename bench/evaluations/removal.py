@@ -66,6 +66,10 @@ class Removal:
         groups = [rng.permutation(n)[:size].tolist() for size in self.sizes(n) for _ in range(self.controls)]
         return self._planned(task, groups, seed)
 
+    def later(self) -> int:
+        """Retrainings that are known when a method has spoken."""
+        return self.queries * len(self.shares) * (1 if self.regime == "fixed" else self.repeats)
+
     def _planned(self, task: Task, groups: list[list[int]], seed: int) -> Plan:
         weights = leave_out(len(task.train), groups, 0.0)
         return planned(weights, self.repeats, self.regime, self.seed, seed, "truth.removal")

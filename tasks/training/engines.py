@@ -58,7 +58,7 @@ class Executor:
             raise UserError("executor.engine", self.engine, allowed=("auto", *ENGINES))
         require(self.workers is None or self.workers >= 1, "executor.workers", self.workers, "1 or more, or null")
         if self.address is not None and self.engine != "ray":
-            raise UserError("executor.address", self.address, "is Ray's", hint="add executor.engine=ray")
+            raise UserError("executor.address", self.address, "is Ray's", hint="add executor=ray")
         if self.engine == "ray" and find_spec("ray") is None:  # told before anything is trained or written
             hint = "pip install 'attribution-bench[cluster]'"
             raise UserError("executor.engine", "ray", "is not installed", hint=hint)

@@ -309,7 +309,9 @@ def test_the_program_reads_records_and_writes_files(tmp_path: Path, capsys: pyte
         (["x="], "error: x= is not understood"),
         (["x=truth.lds.fraction", "task=sst3"], "error: task=sst3 has no records in "),
         (["x=truth.lds.fraction"], "error: x=truth.lds.fraction takes no two values in the records with lds; sweep it"),
-        (["x=method.k", "metric=loo"], "error: x=method.k takes no two values in the records with loo; sweep it"),
+        (["x=method.k"], "error: x=method.k is no key of the records' configs"),
+        (["x=truth.lds.fractoin"], "error: x=truth.lds.fractoin is no key of the records' configs; did you mean truth"),
+        (["x=truth.lds.fraction", "metric=loo"], "error: metric=loo is in no record; allowed: "),
     ],
 )
 def test_a_mistake_is_one_line(

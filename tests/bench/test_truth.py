@@ -212,7 +212,7 @@ def test_a_full_disk_and_an_interruption_are_one_line(out: Path, said: Any, monk
         (["seed=0,1"], "seed=0,1 is several values; add -m"),
         (["-m", "seed=0,x"], "seed=x is not possible"),
         (["--rerun"], "--rerun is no option here; allowed: -m, --help"),
-        (["list"], "list is no key=value"),
+        (["list"], "list is not understood; allowed: key=value, list, verify, prune"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -279,9 +279,9 @@ def test_the_list_says_what_is_there(out: Path, said: Any) -> None:
 
 def test_a_damaged_file_is_found_pruned_and_made_again(out: Path, said: Any) -> None:
     before = sorted(keys_of(out))
-    assert said("verify", f"out={out}") == (0, "0 damaged\n", "")
+    assert said("verify", f"out={out}") == (0, "0 of 2 files damaged\n", "")
     path = damage(out)
-    told = f"damaged: {path}\n1 damaged; the next run makes their rows again\n"
+    told = f"damaged: {path}\n1 of 2 files damaged; the next run makes their rows again\n"
     assert said("verify", f"out={out}") == (1, told, "") and path.exists()
     assert said("prune", f"out={out}") == (0, f"removed: {path}\n1 removed\n", "")
     assert said("verify", f"out={out}")[0] == 0 and said("prune", f"out={out}") == (0, "0 removed\n", "")
