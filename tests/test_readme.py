@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there, in a copy of the project, without data and without a hub."""
 
+import json
 import os
 import re
 import shutil
@@ -69,9 +70,13 @@ def test_every_command_runs(copy: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if "bench" in command and "--help" not in command and "plan" not in command:
             assert any(said in done.stdout + done.stderr for said in SAYS), f"{command}\n{done.stdout[-2000:]}"
-    records = list((copy / "results/runs/digits").glob("*/*/record.json"))
-    seeded = [r for r in records if r.parent.parent.name in ("random", "graddot", "ekfac", "tracin")]
-    assert len(seeded) == 12
+    records = [json.loads(p.read_text()) for p in (copy / "results/runs/digits").glob("*/*/record.json")]
+    swept = [
+        (r["method"], r["seed"])
+        for r in records
+        if r["method"] in ("random", "graddot", "ekfac", "tracin") and r["config"]["evaluation"] == ["lds", "loo"]
+    ]
+    assert len(swept) == len(set(swept)) == 12
     assert not [p for p in copy.iterdir() if p.name in ("outputs", "multirun", "multirun.yaml")]
 
 
