@@ -26,6 +26,13 @@ CORRELATIONS: dict[str, Correlation] = {"spearman": spearman, "pearson": pearson
 TOP = 0.1  # share of the rows whose overlap is reported
 
 
+def truth_of(settings: Mapping[str, Any], explained: int) -> dict[str, Any]:
+    """What a truth says of itself: under `fixed` it belongs to the explained seed, and repeating changes nothing."""
+    if settings["regime"] != "fixed":
+        return dict(settings)
+    return {**{k: v for k, v in settings.items() if k != "repeats"}, "explained_seed": explained}
+
+
 def seed_of(truth: Mapping[str, Any]) -> int:
     """Of the resamples: one truth, one seed, so that differences between methods are paired."""
     return int(digest(dict(truth))[:8], 16)

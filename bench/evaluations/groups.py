@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from bench.evaluations.agreement import effects_metrics
+from bench.evaluations.agreement import effects_metrics, truth_of
 from bench.evaluations.base import Case, Metric, NotApplicable, finite
 from tasks.base import Task
 from tasks.errors import UserError, require
@@ -58,10 +58,7 @@ class LeaveGroupOut:
         measured = case.retrain("lgo", self.plan(case.task, case.seed))["query"]
         runs = measured.reshape(-1, 1 + len(members), measured.shape[1])
         predicted = np.stack([scores[:, group].sum(1) for group in members])  # (groups, Q)
-        truth = asdict(self)
-        if self.regime == "fixed":
-            truth.pop("repeats")
-            truth["explained_seed"] = case.seed
+        truth = truth_of(asdict(self), case.seed)
         return effects_metrics(
             "lgo",
             predicted,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from bench.evaluations.agreement import CORRELATIONS, correlated
+from bench.evaluations.agreement import CORRELATIONS, correlated, truth_of
 from bench.evaluations.base import Case, Metric, finite
 from tasks.base import Task
 from tasks.errors import UserError, require
@@ -52,10 +52,8 @@ class LDS:
         measured = case.retrain("lds", self.plan(case.task, case.seed))["query"]
         runs = measured.reshape(-1, self.subsets, measured.shape[1])  # (repeats, S, Q)
         predicted = self.weights(case.task).numpy() @ scores.T
-        truth = {k: v for k, v in asdict(self).items() if k != "correlations" and (k != "weight" or v)}
-        if self.regime == "fixed":
-            truth.pop("repeats")
-            truth["explained_seed"] = case.seed
+        said = {k: v for k, v in asdict(self).items() if k != "correlations" and (k != "weight" or v)}
+        truth = truth_of(said, case.seed)
         return {
             "lds" if name == "spearman" else f"lds_{name}": correlated(
                 predicted, runs, name, truth, nan, noisy=self.regime != "fixed"

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bench.evaluations.agreement import effects_metrics
+from bench.evaluations.agreement import effects_metrics, truth_of
 from bench.evaluations.base import Case, Metric, finite
 from tasks.base import Task
 from tasks.errors import UserError
@@ -45,10 +45,7 @@ class LOO:
         measured = case.retrain("loo", self.plan(case.task, case.seed))["query"]
         runs = measured.reshape(-1, 1 + len(rows), measured.shape[1])
         effects = (runs[:, :1] - runs[:, 1:]) / (1 - self.weight)  # (repeats, n, Q)
-        truth = asdict(self)
-        if self.regime == "fixed":
-            truth.pop("repeats")
-            truth["explained_seed"] = case.seed
+        truth = truth_of(asdict(self), case.seed)
         return effects_metrics(
             "loo",
             scores[:, rows].T,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from bench.evaluations.agreement import seed_of
+from bench.evaluations.agreement import seed_of, truth_of
 from bench.evaluations.base import Case, Metric, finite
 from bench.statistics import Array, bootstrap_queries, removal_area
 from tasks.base import Task, named_seed
@@ -85,10 +85,7 @@ class Removal:
         control = case.retrain("removal", self.plan(case.task, case.seed))["query"]
         control = control.reshape(-1, len(sizes), self.controls, control.shape[1])[..., rows]
 
-        truth = asdict(self)
-        if self.regime == "fixed":
-            truth.pop("repeats")
-            truth["explained_seed"] = case.seed
+        truth = truth_of(asdict(self), case.seed)
         shares = np.array(self.shares)
         metrics = self._metrics("removal_area", truth, nan, own, control, lambda m: -removal_area(shares, m))
         if QLD in self.shares:

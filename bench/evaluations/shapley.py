@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from bench.evaluations.agreement import effects_metrics
+from bench.evaluations.agreement import effects_metrics, truth_of
 from bench.evaluations.base import Case, Metric, finite
 from bench.statistics import Array
 from tasks.base import Task
@@ -49,10 +49,7 @@ class Shapley:
         worth = measured.reshape(-1, len(orders), self.players, measured.shape[1])  # (repeats, orders, players, Q)
         values = np.stack([shapley_values(run, orders) for run in worth])
         predicted = np.stack([scores[:, group].sum(1) for group in self.members(case.task)])
-        truth = asdict(self)
-        if self.regime == "fixed":
-            truth.pop("repeats")
-            truth["explained_seed"] = case.seed
+        truth = truth_of(asdict(self), case.seed)
         # A Shapley value is an average over coalitions of every size: no score is calibrated to it.
         return effects_metrics(
             "shapley", predicted, values, truth, calibrated=False, nan=nan, noisy=self.regime != "fixed"
