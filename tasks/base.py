@@ -171,7 +171,7 @@ class Objective(Protocol):
         """In one word."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Per-example training loss in nats, (B,)."""
+        """Per-example training loss in nats: outputs (..., O), targets (...) -> (...), also of many models, (M, B)."""
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What is attributed, (B,): higher is better for the query."""

@@ -21,7 +21,7 @@ class Classification:
     name: str = "classification"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(outputs, targets, reduction="none")
+        return cross_entropy(outputs.movedim(-1, 1), targets, reduction="none")
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
         chosen = (

@@ -62,7 +62,7 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
     template = task.initial(0)
     initial = {s: dict(task.initial(s).named_parameters()) for s in set(seeds)}
     leaves = {
-        name: _turned(torch.stack([initial[s][name].detach() for s in seeds])).contiguous().requires_grad_()
+        name: torch.stack([initial[s][name].detach() for s in seeds]).requires_grad_()
         for name, p in template.named_parameters()
         if p.requires_grad
     }
@@ -82,17 +82,16 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
             group["lr"] = rate
         rows = index.flatten()
         inputs = {k: v.index_select(0, rows).unflatten(0, index.shape) for k, v in task.train.inputs.items()}
-        outputs = forward({name: _turned(leaf) for name, leaf in leaves.items()}, inputs)  # (M, B, ...)
-        losses = task.objective.loss(outputs.flatten(0, 1), task.train.targets[rows])
+        losses = task.objective.loss(forward(leaves, inputs), task.train.targets[index])  # (M, B)
         if not unweighted:
-            losses = losses.view_as(index) * weights[model_axis, index]
+            losses = losses * weights[model_axis, index]
         value = losses.sum() / index.shape[1]
         update.zero_grad(set_to_none=True)
         value.backward()
         if task.recipe.clip is not None:
             clip([p.grad for p in leaves.values() if p.grad is not None], task.recipe.clip, stacked=True)
         update.step()
-    return {name: _turned(leaf.detach()) for name, leaf in leaves.items()}
+    return {name: leaf.detach() for name, leaf in leaves.items()}
 
 
 def _forward(template: nn.Module) -> Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]:
@@ -101,11 +100,6 @@ def _forward(template: nn.Module) -> Callable[[dict[str, Tensor], dict[str, Tens
     if own is not None:
         return lambda stack, inputs: own(stack, **inputs)
     return vmap(lambda parameters, inputs: functional_call(template, parameters, (), inputs))
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """Weights (M, out, in) as (M, in, out) and back: so laid out, their gradients need no copy."""
-    return weight.mT if weight.ndim == 3 else weight
 
 
 @torch.no_grad()
