@@ -22,7 +22,7 @@ from bench import records
 from bench.statistics import around, crossed, holm, interval, paired_difference
 
 COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
-LDS_LOO = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf")
+LDS_LOO = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf_pearson")
 FIRST = (*LDS_LOO, "value_auc", "attribution_auc", "value_ap", "attribution_ap")  # then others, then LAST
 LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")

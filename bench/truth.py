@@ -40,7 +40,7 @@ as you like: launches that see the same out= share the work, row by row."""
 
 
 def fill(config: "DictConfig") -> dict[str, int]:
-    """Trains what the config's evaluations need before any method has spoken; rows made here, by evaluation."""
+    """Trains what the config's evaluations need before any method has spoken; rows that came meanwhile, by evaluation."""
     import torch
 
     from bench import run
@@ -106,6 +106,8 @@ def shards(folder: Path) -> Iterator[Shard]:
             content = path.read_bytes()
         except FileNotFoundError:  # a launch has just set it aside
             continue
+        except OSError as error:
+            raise UserError("out", str(path), f"cannot be read ({error.strerror})") from error
         if not intact(path, content):
             yield Shard(path, False, 0, {})
             continue
@@ -166,7 +168,7 @@ def prune(out: Path) -> list[Path]:
         version = re.search(r"-v(\d+)$", folder.name)
         if version is None:  # nobody's, as far as we know: a copy that somebody has put there
             continue
-        if int(version[1]) != VERSION:
+        if int(version[1]) < VERSION:
             shutil.rmtree(folder)
             removed.append(folder)
             continue

@@ -115,8 +115,12 @@ class Executor:
             running: dict[Future[Done], Plan] = {}
             ended: list[tuple[Plan, Future[Done]]] = []
             while True:
-                while len(running) < self.processes() and (unit := next(units, None)) is not None:
-                    running[submit(unit)] = unit
+                try:
+                    while len(running) < self.processes() and (unit := next(units, None)) is not None:
+                        running[submit(unit)] = unit
+                except BaseException:
+                    yield from ((unit, future.result()) for unit, future in ended)
+                    raise
                 for unit, future in ended:  # the workers are busy again by now
                     yield unit, future.result()
                 if not running:

@@ -51,6 +51,8 @@ class Store:
                 content = path.read_bytes()
             except FileNotFoundError:  # another reader has just set it aside
                 continue
+            except OSError as error:
+                raise UserError("out", str(path), f"cannot be read ({error.strerror})") from error
             if not intact(path, content):
                 warnings.warn(f"{path} is damaged: its rows are made again", stacklevel=2)
                 self._seen.add(str(path))
