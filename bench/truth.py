@@ -40,7 +40,7 @@ as you like: launches that see the same out= share the work, row by row."""
 
 
 def fill(config: "DictConfig") -> dict[str, int]:
-    """Trains what the config's evaluations need before any method has spoken; rows that came meanwhile, by evaluation."""
+    """Trains what the config's evaluations need before any method has spoken; how many rows came, by evaluation."""
     import torch
 
     from bench import run

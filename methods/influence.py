@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import Method, Problem, Unsupported
 from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
-from methods.gradients.blocks import Block, blocks_of, with_rows_in_use
-from methods.gradients.per_example import Gradient, collected, gradients, inner, norms, sum_of_products
+from methods.gradients.blocks import blocks_of, with_rows_in_use
+from methods.gradients.per_example import Gradient, inner, norms, sum_of_products
+from methods.gradients.source import Source
 from tasks.base import Examples
 from tasks.errors import UserError
 
@@ -47,20 +48,18 @@ class Influence(Method):
         return not isinstance(self.curvature, Identity)
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
-        task, model = problem.task, self._model(problem)
+        task = problem.task
         # Rows that only queries look up meet no training gradient; a query's norm alone needs them.
-        data = [problem.train] if self.similarity == "dot" else [problem.train, queries]
-        blocks = self._blocks(problem, model, data)
-        fitted = self._fitted(problem, model, blocks)
+        source = self._source(problem, [problem.train] if self.similarity == "dot" else [problem.train, queries])
+        fitted = self._fitted(problem, source)
         scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
-        size = sum(b.size for b in blocks) * next(model.parameters()).element_size()
+        size = source.size * next(source.model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
             problem.meter.gradients += len(rows)
-            asked = queries.select(rows)
-            measured = collected(task, model, asked, blocks, task.objective.measure, fitted.coordinates)
+            measured = source.collected(queries.select(rows), task.objective.measure, fitted.coordinates)
             lengths = norms(measured).double().cpu()
             measured = fitted.precondition(measured, self.damping, task.recipe.l2)
-            for index, found in gradients(task, model, problem.train, blocks, task.objective.loss):
+            for index, found in source.gradients(problem.train, task.objective.loss):
                 problem.meter.gradients += len(index)
                 g = fitted.coordinates(found)
                 product = -inner(measured, g).double().cpu()
@@ -74,11 +73,10 @@ class Influence(Method):
     def value(self, problem: Problem) -> Tensor:
         if self.similarity == "cosine":
             raise Unsupported("the cosine of a gradient with itself is 1")
-        task, model = problem.task, self._model(problem)
-        blocks = self._blocks(problem, model, [problem.train])
-        fitted = self._fitted(problem, model, blocks)
+        task, source = problem.task, self._source(problem, [problem.train])
+        fitted = self._fitted(problem, source)
         values = torch.empty(len(problem.train), dtype=torch.float64)
-        for index, found in gradients(task, model, problem.train, blocks, task.objective.loss):
+        for index, found in source.gradients(problem.train, task.objective.loss):
             problem.meter.gradients += len(index)
             g = fitted.coordinates(found)
             solved = fitted.precondition(g, self.damping, task.recipe.l2)
@@ -89,14 +87,18 @@ class Influence(Method):
             values[index] = -sum_of_products(shared, g).double().cpu() / len(problem.train)
         return values
 
-    def _model(self, problem: Problem) -> nn.Module:
-        model = problem.model()
-        return model if self.curvature.precision is None else model.to(self.curvature.precision)
+    def _source(self, problem: Problem, data: Sequence[Examples]) -> Source:
+        """The blocks that these examples reach."""
 
-    def _blocks(self, problem: Problem, model: nn.Module, data: Sequence[Examples]) -> Sequence[Block]:
-        key = ("blocks", self.modules, *(e.ids for e in data))
-        return problem.once(key, lambda: with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data))
+        def made() -> Source:
+            model = problem.model()
+            if self.curvature.precision is not None:
+                model = model.to(self.curvature.precision)
+            blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
+            return Source(problem.task, model, tuple(blocks))
 
-    def _fitted(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
+        return problem.once(("source", self.modules, self.curvature.precision, *(e.ids for e in data)), made)
+
+    def _fitted(self, problem: Problem, source: Source) -> Fitted:
         # Blocks compare by identity: a fit belongs to the very blocks that it was made for.
-        return problem.once((self.curvature, tuple(blocks)), lambda: self.curvature.fit(problem, model, blocks))
+        return problem.once((self.curvature, source.blocks), lambda: self.curvature.fit(problem, source))

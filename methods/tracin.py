@@ -7,7 +7,8 @@ from torch import Tensor
 
 from methods.base import Method, Problem
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import collected, gradients, inner, plain, sum_of_products
+from methods.gradients.per_example import inner, plain, sum_of_products
+from methods.gradients.source import Source
 from tasks.base import Examples
 
 
@@ -26,11 +27,10 @@ class TracIn(Method):
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         scores = torch.zeros(len(queries), len(problem.train), dtype=torch.float64)
         for checkpoint in problem.trajectory().checkpoints:
-            model = problem.model(checkpoint.parameters)
-            blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
-            measured = collected(problem.task, model, queries, blocks, problem.task.objective.measure)
+            source = self._source(problem, checkpoint.parameters)
+            measured = source.collected(queries, problem.task.objective.measure)
             problem.meter.gradients += len(queries)
-            for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+            for index, found in source.gradients(problem.train, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
                 scores[:, index] -= checkpoint.path * inner(measured, plain(found)).double().cpu() / len(problem.train)
         return scores
@@ -38,10 +38,14 @@ class TracIn(Method):
     def value(self, problem: Problem) -> Tensor:
         values = torch.zeros(len(problem.train), dtype=torch.float64)
         for checkpoint in problem.trajectory().checkpoints:
-            model = problem.model(checkpoint.parameters)
-            blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
-            for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
+            source = self._source(problem, checkpoint.parameters)
+            for index, found in source.gradients(problem.train, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
                 g = plain(found)
                 values[index] -= checkpoint.path * sum_of_products(g, g).double().cpu() / len(problem.train)
         return values
+
+    def _source(self, problem: Problem, parameters: dict[str, Tensor]) -> Source:
+        model = problem.model(parameters)
+        blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), [problem.train])
+        return Source(problem.task, model, tuple(blocks))

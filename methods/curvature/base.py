@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
-from methods.gradients.blocks import Block
 from methods.gradients.per_example import Factors, Gradient
+from methods.gradients.source import Source
 from tasks.errors import UserError
 
 
@@ -35,7 +34,7 @@ class Curvature(Protocol):
     def precision(self) -> torch.dtype | None:
         """The dtype that it wants the model in, None for the model's own."""
 
-    def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> Fitted:
+    def fit(self, problem: Problem, source: Source) -> Fitted:
         """From the whole training set."""
 
 

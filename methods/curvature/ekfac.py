@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import Problem
 from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, Gradient, gradients
+from methods.gradients.per_example import Factors, Gradient
+from methods.gradients.source import Source
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,24 @@ class EKFAC:
         if self.fisher not in ("true", "empirical"):
             raise UserError("method.curvature.fisher", self.fisher, allowed="true, empirical")
 
-    def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "FittedEKFAC":
-        n = len(problem.train)
+    def fit(self, problem: Problem, source: Source) -> "FittedEKFAC":
+        n, blocks = len(problem.train), source.blocks
         covariances = {b.name: _Covariance(b) for b in blocks}
-        for index, found in self._pseudo_gradients(problem, model, blocks, "factors"):
+        for index, found in self._pseudo_gradients(problem, source, "factors"):
             problem.meter.gradients += len(index)
             for f in found:
                 covariances[f.block.name].add(f)
         bases = {b.name: covariances[b.name].basis() for b in blocks}
         eigenvalues = {b.name: torch.zeros(b.shape, dtype=torch.float64) for b in blocks}
-        for index, found in self._pseudo_gradients(problem, model, blocks, "eigenvalues"):
+        for index, found in self._pseudo_gradients(problem, source, "eigenvalues"):
             problem.meter.gradients += len(index)
             for f in found:
                 g = bases[f.block.name].coordinates(f)
                 columns = slice(None) if g.columns is None else g.columns.cpu()
                 eigenvalues[f.block.name][:, columns] += g.values.square().sum(0).double().cpu()
-        return FittedEKFAC(tuple(blocks), bases, {name: v / n for name, v in eigenvalues.items()})
+        return FittedEKFAC(blocks, bases, {name: v / n for name, v in eigenvalues.items()})
 
-    def _pseudo_gradients(self, problem: Problem, model: nn.Module, blocks: Sequence[Block], use: str):  # type: ignore[no-untyped-def]
+    def _pseudo_gradients(self, problem: Problem, source: Source, use: str):  # type: ignore[no-untyped-def]
         objective, draw = problem.task.objective, problem.generator("ekfac", use)
 
         def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class EKFAC:
                 targets = objective.sample(outputs.detach().cpu(), draw).to(outputs.device)
             return objective.loss(outputs, targets)
 
-        return gradients(problem.task, model, problem.train, blocks, loss)
+        return source.gradients(problem.train, loss)
 
 
 class _Covariance:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import Problem
 from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, Gradient, flat, output_gradients, plain
+from methods.gradients.per_example import Factors, Gradient, flat, plain
+from methods.gradients.source import Source
 from tasks.errors import UserError
 
 
@@ -29,12 +30,12 @@ class ExactGGN:
     memory_gib: float
     precision: ClassVar[torch.dtype | None] = torch.float64
 
-    def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "FittedGGN":
+    def fit(self, problem: Problem, source: Source) -> "FittedGGN":
         task, examples = problem.task, problem.train
-        size, n = sum(b.size for b in blocks), len(examples)
+        size, n = source.size, len(examples)
         sample = examples.batch([0]).to(problem.device, torch.float64)
         with torch.no_grad():
-            rank = task.objective.hessian_root(task.outputs(model, sample)).shape[-1]
+            rank = task.objective.hessian_root(task.outputs(source.model, sample)).shape[-1]
         columns = n * rank
         needed = 8 * size * min(size, columns) / 2**30
         if needed > self.memory_gib:
@@ -49,7 +50,7 @@ class ExactGGN:
             torch.zeros(size, size, dtype=torch.float64) if primal else torch.zeros(columns, size, dtype=torch.float64)
         )
         done = 0
-        for index, found in output_gradients(task, model, examples, blocks):
+        for index, found in source.columns(examples):
             rows = torch.cat([flat(plain(column)) for column in found])  # (R · B, P)
             problem.meter.gradients += rank * len(index)
             if primal:
@@ -58,7 +59,7 @@ class ExactGGN:
                 matrix[done : done + len(rows)] = rows
                 done += len(rows)
         # The Gram of the smaller side: G = S Sᵀ/N (P, P), or SᵀS/N (K, K).
-        return FittedGGN(tuple(blocks), n, matrix / n if primal else matrix @ matrix.T / n, None if primal else matrix)
+        return FittedGGN(source.blocks, n, matrix / n if primal else matrix @ matrix.T / n, None if primal else matrix)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
-from methods.gradients.blocks import Block
 from methods.gradients.per_example import Factors, Gradient, plain
+from methods.gradients.source import Source
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Identity:
 
     precision: ClassVar[torch.dtype | None] = None
 
-    def fit(self, problem: Problem, model: nn.Module, blocks: Sequence[Block]) -> "Identity":
+    def fit(self, problem: Problem, source: Source) -> "Identity":
         return self
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:

@@ -213,20 +213,3 @@ def sum_of_products(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tens
 def norms(found: Sequence[Gradient]) -> Tensor:
     """‖g_i‖ over all blocks, (B,)."""
     return sum_of_products(found, found).sqrt()
-
-
-def collected(
-    task: Task,
-    model: nn.Module,
-    examples: Examples,
-    blocks: Sequence[Block],
-    of: Scalar,
-    coordinates: Callable[[Sequence[Factors]], Sequence[Gradient]] = plain,
-) -> list[Gradient]:
-    """The gradients of all examples at once, with all columns."""
-    parameter = next(model.parameters())
-    full = [torch.zeros(len(examples), *b.shape, dtype=parameter.dtype, device=parameter.device) for b in blocks]
-    for index, found in gradients(task, model, examples, blocks, of):
-        for matrix, g in zip(full, coordinates(found), strict=True):
-            matrix[index] = g.dense()
-    return [Gradient(b, matrix) for b, matrix in zip(blocks, full, strict=True)]

@@ -44,6 +44,7 @@ from methods.curvature.identity import Identity
 from methods.gradients import per_example as per_example_module
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import flat, gradients, plain
+from methods.gradients.source import Source
 from methods.influence import Influence
 from tasks.base import Examples, Task
 from tasks.errors import UserError
@@ -55,7 +56,7 @@ ABSOLUTE = Damping("absolute", DELTA - GAMMA, "block")
 
 def fitted(problem: Problem, fisher: str = "true", modules: Sequence[str] | None = None) -> FittedEKFAC:
     model = problem.model()
-    return EKFAC(fisher).fit(problem, model, blocks_of(model, modules))
+    return EKFAC(fisher).fit(problem, Source(problem.task, model, tuple(blocks_of(model, modules))))
 
 
 def dense(found: FittedEKFAC) -> Named:

@@ -34,6 +34,7 @@ from methods.curvature.exact_ggn import ExactGGN, FittedGGN
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import flat, gradients, plain
+from methods.gradients.source import Source
 from methods.influence import Influence
 from tasks.base import Examples, Task
 from tasks.errors import UserError
@@ -47,7 +48,7 @@ def absolute(value: float) -> Damping:
 
 def fitted(problem: Problem) -> FittedGGN:
     model = problem.model()
-    return EXACT.fit(problem, model, blocks_of(model))
+    return EXACT.fit(problem, Source(problem.task, model, tuple(blocks_of(model))))
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1.0])

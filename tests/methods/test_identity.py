@@ -8,6 +8,7 @@ from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import flat, gradients, plain
+from methods.gradients.source import Source
 from methods.influence import Influence
 
 NONE = Damping("absolute", 0.0, "global")
@@ -41,7 +42,7 @@ def test_its_coordinates_are_the_parameters() -> None:
     model = problem.model()
     blocks = blocks_of(model)
     identity = Identity()
-    fitted = identity.fit(problem, model, blocks)
+    fitted = identity.fit(problem, Source(problem.task, model, tuple(blocks)))
     assert torch.equal(inverse(fitted, blocks, Damping("absolute", 3.0, "block"), 0.1), torch.eye(35).double())
     for _, g in gradients(task, model, task.train, blocks, task.objective.loss):
         assert torch.equal(flat(fitted.coordinates(g)), flat(plain(g)))

@@ -35,7 +35,6 @@ from methods.base import Problem
 from methods.gradients.blocks import Block, blocks_of
 from methods.gradients.per_example import (
     Gradient,
-    collected,
     factors,
     flat,
     gradients,
@@ -46,6 +45,7 @@ from methods.gradients.per_example import (
     recording,
     sum_of_products,
 )
+from methods.gradients.source import Source
 from tasks.base import Examples, Task
 from tasks.errors import UserError
 from tasks.objectives.classification import Classification
@@ -498,7 +498,7 @@ def test_products_over_all_blocks(name: str) -> None:
     blocks = blocks_of(model)
     m = stacked(per_example(free, task.splits["query"], task.objective.measure))
     g = stacked(per_example(free, task.train, task.objective.loss))
-    asked = collected(task, model, task.splits["query"], blocks, task.objective.measure)
+    asked = Source(task, model, tuple(blocks)).collected(task.splits["query"], task.objective.measure)
     assert all(a.columns is None for a in asked)
     assert close(norms(asked), m.norm(dim=1))
     for index, found in gradients(task, model, task.train, blocks, task.objective.loss, 5):
@@ -511,7 +511,7 @@ def test_collected_gradients_have_the_order_of_the_examples() -> None:
     task = bert()
     model = problem_of(task).model()
     blocks = blocks_of(model)
-    found = collected(task, model, task.train, blocks, task.objective.loss)
+    found = Source(task, model, tuple(blocks)).collected(task.train, task.objective.loss)
     whole = found_by_block(task, model, task.train, blocks, task.objective.loss, 5)
     order = torch.argsort(task.train.lengths, stable=True)  # type: ignore[arg-type]
     for g in found:

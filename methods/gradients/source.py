@@ -1,0 +1,74 @@
+"""Where a model's per-example gradients come from: which of its blocks are covered, and how they are compressed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from methods.gradients.blocks import Block
+from methods.gradients.per_example import BATCH, Factors, Gradient, Scalar, gradients, output_gradients, plain
+from tasks.base import Examples, Task
+
+
+class Squeeze(Protocol):
+    """A fixed linear map of per-example gradients, factors of the covered blocks -> factors of `blocks`."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What comes out: no modules of the model, but read like them."""
+
+    def __call__(self, found: Sequence[Factors]) -> list[Factors]:
+        """The same examples, smaller."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Gradients of one model by `covered`, its own blocks; after `squeeze`, where there is one."""
+
+    task: Task
+    model: nn.Module
+    covered: tuple[Block, ...]
+    squeeze: Squeeze | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that gradients have when they leave here."""
+        return self.covered if self.squeeze is None else self.squeeze.blocks
+
+    @property
+    def size(self) -> int:
+        """Numbers in one example's gradient."""
+        return sum(block.size for block in self.blocks)
+
+    def gradients(
+        self, examples: Examples, of: Scalar, batch_size: int = BATCH
+    ) -> Iterator[tuple[Tensor, list[Factors]]]:
+        """Batch after batch: the row indices and each block's factors of the gradients of `of(outputs, targets)`."""
+        for index, found in gradients(self.task, self.model, examples, self.covered, of, batch_size):
+            yield index, self._squeezed(found)
+
+    def columns(self, examples: Examples, batch_size: int = BATCH) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
+        """The Gauss–Newton matrix's root: for each column r of S, S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""
+        for index, found in output_gradients(self.task, self.model, examples, self.covered, batch_size):
+            yield index, [self._squeezed(column) for column in found]
+
+    def collected(
+        self,
+        examples: Examples,
+        of: Scalar,
+        coordinates: Callable[[Sequence[Factors]], Sequence[Gradient]] = plain,
+    ) -> list[Gradient]:
+        """The gradients of all examples at once, with all columns."""
+        parameter = next(self.model.parameters())
+        full = [
+            torch.zeros(len(examples), *b.shape, dtype=parameter.dtype, device=parameter.device) for b in self.blocks
+        ]
+        for index, found in self.gradients(examples, of):
+            for matrix, g in zip(full, coordinates(found), strict=True):
+                matrix[index] = g.dense()
+        return [Gradient(b, matrix) for b, matrix in zip(self.blocks, full, strict=True)]
+
+    def _squeezed(self, found: list[Factors]) -> list[Factors]:
+        return found if self.squeeze is None else self.squeeze(found)
