@@ -1,12 +1,14 @@
-"""Influence functions: gradients × curvature × similarity. Most methods are a point in this product."""
+"""Influence functions: gradients × compression × curvature × similarity. Most methods are a point in this product."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from methods.base import Method, Problem, Unsupported
+from methods.compression.base import Compression
+from methods.compression.none import Uncompressed
 from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
@@ -25,13 +27,15 @@ class Influence(Method):
     cosine  the same product over the norms of ∇m(q) and ∇ℓ(i); identity curvature only
 
     value(i) = −(1/N) ∇ℓ(i)ᵀ (H + γI + λI)⁻¹ ∇ℓ(i): a large self-influence is suspicious.
-    γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all).
+    γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
+    S, gradients are Sg throughout and H is S H Sᵀ.
     """
 
     curvature: Curvature
     damping: Damping
     similarity: str = "dot"
     modules: tuple[str, ...] | None = None
+    compression: Compression = Uncompressed()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         if self.similarity not in ("dot", "cosine"):
@@ -95,9 +99,12 @@ class Influence(Method):
             if self.curvature.precision is not None:
                 model = model.to(self.curvature.precision)
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
-            return Source(problem.task, model, tuple(blocks))
+            source = Source(problem.task, model, tuple(blocks))
+            return replace(source, squeeze=self.compression.fit(problem, source))
 
-        return problem.once(("source", self.modules, self.curvature.precision, *(e.ids for e in data)), made)
+        return problem.once(
+            ("source", self.modules, self.compression, self.curvature.precision, *(e.ids for e in data)), made
+        )
 
     def _fitted(self, problem: Problem, source: Source) -> Fitted:
         # Blocks compare by identity: a fit belongs to the very blocks that it was made for.

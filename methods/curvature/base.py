@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
-from methods.gradients.per_example import Factors, Gradient
+from methods.gradients.blocks import Block
+from methods.gradients.per_example import Factors, Gradient, plain
 from methods.gradients.source import Source
 from tasks.errors import UserError
 
@@ -26,6 +28,22 @@ class Fitted(Protocol):
         """Uᵀ (H + γI + λI)⁻¹ U of what is in coordinates; γ = `l2`, λ by `damping`. Where H couples no columns, the
         columns stay as they are; else all are given."""
 
+    def solve(self, vectors: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        """(H + γI + λI)⁻¹ of vectors in the parameters' own coordinates, all columns given."""
+
+
+class InPlace:
+    """Coordinates are the parameters' own, U = I, in which `precondition` is the solve itself."""
+
+    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
+        return plain(found)
+
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        raise NotImplementedError
+
+    def solve(self, vectors: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        return self.precondition(vectors, damping, l2)
+
 
 class Curvature(Protocol):
     """Which H, and how it is represented."""
@@ -36,6 +54,20 @@ class Curvature(Protocol):
 
     def fit(self, problem: Problem, source: Source) -> Fitted:
         """From the whole training set."""
+
+
+def unflat(blocks: Sequence[Block], vectors: Tensor) -> list[Gradient]:
+    """Vectors (R, P) over all blocks, one after the other, as a gradient of each block."""
+    parts = vectors.split([b.size for b in blocks], 1)
+    return [Gradient(b, part.reshape(-1, *b.shape)) for b, part in zip(blocks, parts, strict=True)]
+
+
+def require_rank(rank: int, dimension: int) -> None:
+    """A rank is at least 1 and at most the dimension that it is taken of."""
+    if not 1 <= rank <= dimension:
+        raise UserError(
+            "method.curvature.rank", rank, f"is not possible with {dimension} parameters", allowed=f"1 to {dimension}"
+        )
 
 
 ROUNDING = 1e-14  # of the largest eigenvalue: what is smaller is nothing in float64

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import BATCH, Factors, Gradient, Scalar, gradients, output_gradients, plain
+from methods.gradients.per_example import Factors, Gradient, Scalar, gradients, output_gradients, plain
 from tasks.base import Examples, Task
 
 
@@ -42,16 +42,14 @@ class Source:
         """Numbers in one example's gradient."""
         return sum(block.size for block in self.blocks)
 
-    def gradients(
-        self, examples: Examples, of: Scalar, batch_size: int = BATCH
-    ) -> Iterator[tuple[Tensor, list[Factors]]]:
+    def gradients(self, examples: Examples, of: Scalar) -> Iterator[tuple[Tensor, list[Factors]]]:
         """Batch after batch: the row indices and each block's factors of the gradients of `of(outputs, targets)`."""
-        for index, found in gradients(self.task, self.model, examples, self.covered, of, batch_size):
+        for index, found in gradients(self.task, self.model, examples, self.covered, of):
             yield index, self._squeezed(found)
 
-    def columns(self, examples: Examples, batch_size: int = BATCH) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
-        """The Gauss–Newton matrix's root: for each column r of S, S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""
-        for index, found in output_gradients(self.task, self.model, examples, self.covered, batch_size):
+    def columns(self, examples: Examples) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
+        """The Gauss–Newton root: for each column r of S, S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""
+        for index, found in output_gradients(self.task, self.model, examples, self.covered):
             yield index, [self._squeezed(column) for column in found]
 
     def collected(

@@ -303,7 +303,7 @@ def exact_scores(problem: Problem, queries: Examples, delta: float, matrix: Tens
 
 
 def blocked(model: nn.Module, gradients: Sequence[Named], bias_last: bool = True) -> Named:
-    """By module as (B, out, in): [W, b]; of an embedding Wᵀ without the padding row; of a norm [w; b]."""
+    """By module as (B, out, in): [W, b]; of an embedding Wᵀ without the padding row; of a norm (size, 1): w, then b."""
     found = {}
     for name, module in model.named_modules():
         if not dict(module.named_parameters(recurse=False)):
@@ -317,7 +317,7 @@ def blocked(model: nn.Module, gradients: Sequence[Named], bias_last: bool = True
             rows = [r for r in range(len(module.weight)) if r != module.padding_idx]
             found[name] = w[:, rows].transpose(1, 2)
         else:
-            found[name] = torch.stack([w] if b is None else [w, b], 1)
+            found[name] = torch.cat([w.flatten(1)] if b is None else [w.flatten(1), b.flatten(1)], 1)[:, :, None]
     return found
 
 
@@ -359,7 +359,7 @@ def labels(problem: Problem, fisher: str, use: str) -> Tensor:
     """The labels of one pass over the training set: the training labels, or the same draws that EK-FAC makes."""
     if fisher == "empirical":
         return problem.train.targets
-    rng, model, found = problem.generator("ekfac", use), explained(problem), problem.train.targets.clone()
+    rng, model, found = problem.generator("fisher", use), explained(problem), problem.train.targets.clone()
     for index in problem.train.batches(BATCH):
         outputs = problem.task.outputs(model, problem.train.batch(index))
         found[index] = problem.task.objective.sample(outputs.detach(), rng)
@@ -435,11 +435,8 @@ def as_factors(block: Block, gradient: Tensor) -> Factors:
     elif block.kind == "embedding":
         assert block.rows is not None
         inputs, outputs = block.rows.expand(rows, -1), gradient.transpose(1, 2)
-    elif block.bias:  # a position with input 1 serves w and b, one with input 0 corrects b
-        outputs = torch.stack([gradient[:, 0], gradient[:, 1] - gradient[:, 0]], 1)
-        inputs = torch.tensor([1.0, 0.0], dtype=gradient.dtype)[:, None].expand(rows, 2, columns)
     else:
-        inputs, outputs = torch.ones_like(gradient), gradient
+        inputs, outputs = torch.ones(rows, 1, columns, dtype=gradient.dtype), gradient.transpose(1, 2)
     return Factors(block, inputs, outputs, torch.ones(inputs.shape[:2], dtype=gradient.dtype))
 
 

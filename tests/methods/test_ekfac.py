@@ -38,8 +38,9 @@ from torch import Tensor
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
-from methods.curvature.ekfac import EKFAC, FittedEKFAC
-from methods.curvature.exact_ggn import ExactGGN
+from methods.curvature.dense import Dense
+from methods.curvature.eigenbasis import Eigenbases
+from methods.curvature.ekfac import EKFAC
 from methods.curvature.identity import Identity
 from methods.gradients import per_example as per_example_module
 from methods.gradients.blocks import blocks_of
@@ -54,12 +55,12 @@ DELTA = 0.03
 ABSOLUTE = Damping("absolute", DELTA - GAMMA, "block")
 
 
-def fitted(problem: Problem, fisher: str = "true", modules: Sequence[str] | None = None) -> FittedEKFAC:
+def fitted(problem: Problem, fisher: str = "fisher", modules: Sequence[str] | None = None) -> Eigenbases:
     model = problem.model()
     return EKFAC(fisher).fit(problem, Source(problem.task, model, tuple(blocks_of(model, modules))))
 
 
-def dense(found: FittedEKFAC) -> Named:
+def dense(found: Eigenbases) -> Named:
     """H of each block, from (H + I)⁻¹; that no block meets another is checked on the way."""
     whole = inverse(found, found.blocks, Damping("absolute", 1.0, "block"), 0.0)
     matrices, start = {}, 0
@@ -72,7 +73,7 @@ def dense(found: FittedEKFAC) -> Named:
     return matrices
 
 
-@pytest.mark.parametrize("fisher", ["true", "empirical"])
+@pytest.mark.parametrize("fisher", ["fisher", "empirical"])
 @pytest.mark.parametrize("name", CASES)
 def test_scores_equal_the_formulas_written_out(name: str, fisher: str) -> None:
     task = CASES[name]()
@@ -90,8 +91,8 @@ def test_scores_equal_the_formulas_written_out(name: str, fisher: str) -> None:
 def test_blocks_equal_the_formulas_written_out(name: str) -> None:
     """Block by block: no large block hides a small one."""
     problem = problem_of(CASES[name]())
-    expected, found = ekfac(problem, "true"), dense(fitted(problem))
-    wrong = ekfac(problem, "true", transposed=True)
+    expected, found = ekfac(problem, "fisher"), dense(fitted(problem))
+    wrong = ekfac(problem, "fisher", transposed=True)
     assert found.keys() == expected.keys()
     scale = max(h.abs().max().item() for h in expected.values())
     differ = 0
@@ -112,9 +113,9 @@ def test_it_is_close_to_the_exact_matrix_and_the_identity_is_not() -> None:
     problem = problem_of(task)
     exact = exact_scores(problem, query, GAMMA + 0.01)
     damping = Damping("absolute", 0.01, "block")
-    wrong = ekfac(problem, "true", transposed=True)
+    wrong = ekfac(problem, "fisher", transposed=True)
     scores = {
-        "ekfac": Influence(EKFAC("true"), damping).attribute(problem, query),
+        "ekfac": Influence(EKFAC("fisher"), damping).attribute(problem, query),
         "transposed": block_scores(problem, query, wrong, dict.fromkeys(wrong, GAMMA + 0.01)),
         "identity": Influence(Identity(), damping).attribute(problem, query),
     }
@@ -126,7 +127,7 @@ def test_it_is_close_to_the_exact_matrix_and_the_identity_is_not() -> None:
     assert correlation["ekfac"] > correlation["identity"] + 0.1
 
 
-@pytest.mark.parametrize("fisher", ["true", "empirical"])
+@pytest.mark.parametrize("fisher", ["fisher", "empirical"])
 @pytest.mark.parametrize("name", ["three_classes", "bert", "shared", "identical"])
 def test_eigenvalues_sum_to_the_mean_squared_gradient(name: str, fisher: str) -> None:
     problem = problem_of(CASES[name]())
@@ -168,7 +169,7 @@ def test_one_example_with_one_position_is_exact() -> None:
     # Module order and parameter order differ by where the bias is; scores do not.
     queries = replace(task.train, ids=("query",), inputs={"x": torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)})
     exact = exact_scores(problem, queries, DELTA)
-    for curvature in (EKFAC("empirical"), ExactGGN(1.0)):
+    for curvature in (EKFAC("empirical"), Dense("ggn", "global", 1.0)):
         assert close(Influence(curvature, ABSOLUTE).attribute(problem_of(task), queries), exact)
 
 
@@ -221,11 +222,11 @@ def test_factors_and_eigenvalues_have_draws_of_their_own(monkeypatch: pytest.Mon
     first, second = torch.cat(drawn).split(50)  # rows without lengths keep their order
     assert not torch.equal(first, second)
     monkeypatch.undo()
-    assert torch.equal(first, labels(problem, "true", "factors"))
-    assert torch.equal(second, labels(problem, "true", "eigenvalues"))
-    (h,), (once,) = dense(found).values(), ekfac(problem, "true", ("factors", "factors")).values()
+    assert torch.equal(first, labels(problem, "fisher", "factors"))
+    assert torch.equal(second, labels(problem, "fisher", "eigenvalues"))
+    (h,), (once,) = dense(found).values(), ekfac(problem, "fisher", ("factors", "factors")).values()
     assert far(h, once)
-    assert close(h, ekfac(problem, "true")["layers.0"])
+    assert close(h, ekfac(problem, "fisher")["layers.0"])
 
 
 def test_draws_are_seeded_by_the_run() -> None:
@@ -239,7 +240,7 @@ def test_draws_are_seeded_by_the_run() -> None:
 def test_training_labels_enter_the_empirical_fisher_only() -> None:
     task = vector_task([3, 3], rows=20)
     flipped = replace(task, splits={**task.splits, "train": replace(task.train, targets=(task.train.targets + 1) % 3)})
-    for fisher, same in (("true", True), ("empirical", False)):
+    for fisher, same in (("fisher", True), ("empirical", False)):
         left, right = (fitted(problem_of(t), fisher).eigenvalues["layers.0"] for t in (task, flipped))
         assert torch.equal(left, right) is same
 
@@ -252,7 +253,7 @@ def test_statistics_do_not_depend_on_the_batch_size(
     task = CASES[name]()
     expected = dense(fitted(problem_of(task), "empirical"))
     small = partial(per_example_module.gradients, batch_size=batch_size)
-    monkeypatch.setattr("methods.curvature.ekfac.gradients", small)
+    monkeypatch.setattr("methods.gradients.source.gradients", small)
     found = dense(fitted(problem_of(task), "empirical"))
     scale = max(h.abs().max().item() for h in expected.values())
     for block, h in expected.items():
@@ -276,7 +277,7 @@ def test_statistics_do_not_depend_on_order_or_on_what_is_under_the_padding() -> 
 def test_padding_is_no_position_of_the_input_covariance() -> None:
     """What counting it would give is another matrix."""
     problem = problem_of(bert())
-    expected, wrong = ekfac(problem, "true"), ekfac(problem, "true", padded=True)
+    expected, wrong = ekfac(problem, "fisher"), ekfac(problem, "fisher", padded=True)
     value = "encoder.encoder.layer.0.attention.self.value"
     assert far(wrong[value], expected[value])
     assert close(dense(fitted(problem))[value], expected[value])
@@ -342,7 +343,7 @@ def test_solving_changes_nothing_and_a_sweep_equals_fresh_fits() -> None:
 def test_every_block_has_the_damping_that_it_is_due(rule: str, scope: str) -> None:
     task = three_classes()
     problem, queries = problem_of(task), task.splits["query"]
-    matrices = ekfac(problem, "true")
+    matrices = ekfac(problem, "fisher")
     traces = {n: h.trace().item() for n, h in matrices.items()}
     sizes = {n: len(h) for n, h in matrices.items()}
     if scope == "global":
@@ -353,7 +354,7 @@ def test_every_block_has_the_damping_that_it_is_due(rule: str, scope: str) -> No
         "trace": lambda n: 0.2 * traces[n],
     }[rule]
     deltas = {n: GAMMA + strength(n) for n in matrices}
-    found = Influence(EKFAC("true"), Damping(rule, 0.2, scope)).attribute(problem, queries)
+    found = Influence(EKFAC("fisher"), Damping(rule, 0.2, scope)).attribute(problem, queries)
     assert close(found, block_scores(problem, queries, matrices, deltas))
     if scope == "block" and rule != "absolute":
         first = dict.fromkeys(deltas, deltas["layers.0"])  # the first block's damping for all
@@ -367,7 +368,7 @@ def test_every_block_has_the_damping_that_it_is_due(rule: str, scope: str) -> No
     hidden=st.integers(0, 3),
     classes=st.integers(2, 4),
     seed=st.integers(0, 99),
-    fisher=st.sampled_from(["true", "empirical"]),
+    fisher=st.sampled_from(["fisher", "empirical"]),
 )
 def test_any_small_problem(rows: int, features: int, hidden: int, classes: int, seed: int, fisher: str) -> None:
     """Trace, symmetry and definiteness hold whatever the sizes."""
@@ -390,11 +391,11 @@ def test_a_singular_block_is_refused() -> None:
     task = three_classes()
     task = replace(task, recipe=replace(task.recipe, weight_decay=0.0))
     with pytest.raises(UserError, match=r"method\.damping\.value.*layers\.1"):
-        Influence(EKFAC("true"), Damping("absolute", 0.0, "block")).attribute(problem_of(task), task.splits["query"])
+        Influence(EKFAC("fisher"), Damping("absolute", 0.0, "block")).attribute(problem_of(task), task.splits["query"])
 
 
 def test_an_unknown_fisher_is_refused() -> None:
-    with pytest.raises(UserError, match=r"method\.curvature\.fisher=sampled.*true, empirical"):
+    with pytest.raises(UserError, match=r"method\.curvature\.matrix=sampled.*ggn, fisher, empirical"):
         EKFAC("sampled")
 
 

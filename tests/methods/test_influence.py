@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from methods.base import Problem, Unsupported
 from methods.curvature.base import Curvature
 from methods.curvature.damping import Damping
+from methods.curvature.dense import Dense
 from methods.curvature.ekfac import EKFAC
-from methods.curvature.exact_ggn import ExactGGN
 from methods.curvature.identity import Identity
 from methods.gradients import per_example as per_example_module
 from methods.influence import Influence
@@ -43,7 +43,7 @@ from tasks.objectives.classification import Classification
 from tasks.training.train import train
 
 CURVATURES: dict[str, Curvature] = {
-    "exact": ExactGGN(1.0),
+    "exact": Dense("ggn", "global", 1.0),
     "ekfac": EKFAC("empirical"),  # its labels are not drawn, so that order and batches may change
     "identity": Identity(),
 }
@@ -98,7 +98,9 @@ def test_the_mean_of_numbers_has_a_closed_form() -> None:
     asked = torch.tensor([5.0, -5.0, 8.0], dtype=torch.float64)
     queries = Examples(("above", "below", "far"), {"input": ones[:3]}, asked)
     task = task_of(rows, queries, partial(average, y), Squares(), weight_decay=0.0)
-    scores = Influence(ExactGGN(1.0), Damping("absolute", 1e-9, "global")).attribute(problem_of(task), queries)
+    scores = Influence(Dense("ggn", "global", 1.0), Damping("absolute", 1e-9, "global")).attribute(
+        problem_of(task), queries
+    )
     theta = y.mean()
     moved = theta + (theta - y) / 399
     truth = -0.5 * (theta - asked[:, None]).square() + 0.5 * (moved - asked[:, None]).square()
@@ -121,7 +123,7 @@ def test_scores_are_what_retraining_with_less_weight_gives() -> None:
     task, epsilon = convex(), 1e-3
     problem, queries = trained(task), task.splits["query"]
     # Damping must be above 0 to say that the system can be solved: 1e-8 changes nothing at 1 %.
-    scores = Influence(ExactGGN(1.0), Damping("absolute", 1e-8, "global")).attribute(problem, queries)
+    scores = Influence(Dense("ggn", "global", 1.0), Damping("absolute", 1e-8, "global")).attribute(problem, queries)
 
     def measured(weights: Tensor) -> Tensor:
         model = problem.model(train(task, 0, weights).final)
@@ -140,7 +142,7 @@ def test_scores_are_what_retraining_with_less_weight_gives() -> None:
     assert far(plain * (plain * truth[:, chosen]).sum() / plain.square().sum(), truth[:, chosen])
     forgotten = replace(task, recipe=replace(task.recipe, optimizer="sgd", weight_decay=0.0))
     without = Problem(forgotten, 0, lambda k: problem.trajectory())
-    other = Influence(ExactGGN(1.0), Damping("absolute", 1e-8, "global")).attribute(without, queries)
+    other = Influence(Dense("ggn", "global", 1.0), Damping("absolute", 1e-8, "global")).attribute(without, queries)
     assert far(other[:, chosen], truth[:, chosen])
 
 
@@ -148,7 +150,7 @@ def test_leaving_one_out_is_ranked_right() -> None:
     """Removal itself, not its derivative, in the units of the measurement."""
     task = convex()
     problem, queries = trained(task), task.splits["query"]
-    scores = Influence(ExactGGN(1.0), Damping("absolute", 1e-8, "global")).attribute(problem, queries)
+    scores = Influence(Dense("ggn", "global", 1.0), Damping("absolute", 1e-8, "global")).attribute(problem, queries)
     whole = task.measure(problem.model(), queries.batch())
     chosen, truth = [0, 7, 14, 21, 28], []
     for i in chosen:
@@ -181,7 +183,7 @@ class LossMeasured(Classification):
 def test_value_is_the_diagonal(case: str, name: str) -> None:
     """For m = −ℓ the matrix's diagonal is (1/N) gᵀ A⁻¹ g, and the value its negative."""
     task = CASES[case]()
-    curvature = EKFAC("true") if name == "true" else CURVATURES[name]
+    curvature = EKFAC("fisher") if name == "true" else CURVATURES[name]
     method = Influence(curvature, Damping("mean_eigenvalue", 0.1, "block"))
     task = replace(task, objective=LossMeasured(task.objective.classes))  # type: ignore[attr-defined]
     value = method.value(problem_of(task))
@@ -260,10 +262,9 @@ def test_batch_size_does_not_matter(case: str, name: str, batch_size: int, monke
     method = influence(name, Damping("mean_eigenvalue", 0.1, "block"))
     expected, values = method.attribute(problem_of(task), queries), method.value(problem_of(task))
     small: Callable = partial(per_example_module.gradients, batch_size=batch_size)
-    for place in ("influence", "curvature.ekfac", "gradients.per_example"):
-        monkeypatch.setattr(f"methods.{place}.gradients", small)
+    monkeypatch.setattr("methods.gradients.source.gradients", small)
     small = partial(per_example_module.output_gradients, batch_size=batch_size)
-    monkeypatch.setattr("methods.curvature.exact_ggn.output_gradients", small)
+    monkeypatch.setattr("methods.gradients.source.output_gradients", small)
     assert close(method.attribute(problem_of(task), queries), expected)
     assert close(method.value(problem_of(task)), values)
 

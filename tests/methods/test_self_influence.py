@@ -9,16 +9,17 @@ from cases import problem_of, three_classes
 from methods.base import Unsupported
 from methods.baselines import SameLabel, TfIdf
 from methods.curvature.damping import Damping
+from methods.curvature.dense import Dense
 from methods.curvature.ekfac import EKFAC
-from methods.curvature.exact_ggn import ExactGGN
 from methods.influence import Influence
 from methods.self_influence import SelfInfluence
 from methods.tracin import TracIn
 
+GGN = Dense("ggn", "global", 1.0)
 DAMPING = Damping("mean_eigenvalue", 0.1, "block")
 
 
-@pytest.mark.parametrize("base", [Influence(EKFAC("true"), DAMPING), Influence(ExactGGN(1.0), DAMPING), TracIn()])
+@pytest.mark.parametrize("base", [Influence(EKFAC("fisher"), DAMPING), Influence(GGN, DAMPING), TracIn()])
 def test_it_is_the_value_of_its_base(base: Influence | TracIn) -> None:
     task = three_classes()
     found = SelfInfluence(base).value(problem_of(task))
@@ -35,13 +36,13 @@ def test_an_example_far_from_the_rest_is_the_most_suspicious() -> None:
     targets = right.clone()
     targets[4] = task.outputs(model, task.train.batch())[4].argmin()  # the one example with a wrong label
     wrong = replace(task, splits={**task.splits, "train": replace(task.train, inputs={"x": x}, targets=targets)})
-    value = SelfInfluence(Influence(ExactGGN(1.0), DAMPING)).value(problem_of(wrong))
+    value = SelfInfluence(Influence(GGN, DAMPING)).value(problem_of(wrong))
     assert value.argmin() == 4
 
 
 def test_no_query_is_scored() -> None:
     task = three_classes()
-    method = SelfInfluence(Influence(ExactGGN(1.0), DAMPING))
+    method = SelfInfluence(Influence(GGN, DAMPING))
     assert not method.offers("attribute") and method.offers("value")
     with pytest.raises(Unsupported, match="SelfInfluence scores no query"):
         method.attribute(problem_of(task), task.splits["query"])

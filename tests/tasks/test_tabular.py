@@ -223,13 +223,13 @@ def test_exact_influence_foretells_leave_one_out(data: str, model: str, removal:
     parameters of the model and with a query's curvature: the linear model keeps it small."""
     from methods.base import Problem
     from methods.curvature.damping import Damping
-    from methods.curvature.exact_ggn import ExactGGN
+    from methods.curvature.dense import Dense
     from methods.influence import Influence
 
     task = made(data, shipped(model)).public()
     rows = range(0, len(task.train), 3)
     problem = Problem(task, 0, lambda k: train(task, k))
-    method = Influence(ExactGGN(1.0), Damping("absolute", 0.0, "global"))
+    method = Influence(Dense("ggn", "global", 1.0), Damping("absolute", 0.0, "global"))
     scores = method.attribute(problem, task.splits["query"])[:, list(rows)].numpy()
     n = len(task.train)
     for weight, least in ((0.99, 0.999), (0.0, removal)):

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from methods.base import Problem
 from methods.curvature.damping import Damping
-from methods.curvature.exact_ggn import ExactGGN, FittedGGN
+from methods.curvature.dense import Dense, FittedDense
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import flat, gradients, plain
@@ -39,14 +39,14 @@ from methods.influence import Influence
 from tasks.base import Examples, Task
 from tasks.errors import UserError
 
-EXACT = ExactGGN(memory_gib=1.0)
+EXACT = Dense("ggn", "global", memory_gib=1.0)
 
 
 def absolute(value: float) -> Damping:
     return Damping("absolute", value, "global")
 
 
-def fitted(problem: Problem) -> FittedGGN:
+def fitted(problem: Problem) -> FittedDense:
     model = problem.model()
     return EXACT.fit(problem, Source(problem.task, model, tuple(blocks_of(model))))
 
@@ -74,13 +74,13 @@ def test_both_forms_are_the_same_matrix(rows: int, primal: bool) -> None:
     task = vector_task([4, 4, 3], rows=rows)
     problem = problem_of(task)
     found = fitted(problem)
-    assert (found.root is None) is primal
+    assert (found.parts[0].root is None) is primal
     model = explained(problem)
     expected = exact_scores(problem, task.splits["query"], GAMMA + 0.01)
     assert close(Influence(EXACT, absolute(0.01)).attribute(problem, task.splits["query"]), expected)
     # The trace, from which relative damping is made, is that of G in both forms.
-    assert found.gram.trace().item() == pytest.approx(ggn(model, task.train).trace().item(), rel=1e-12)
-    assert found.gram.shape == ((35, 35) if primal else (2 * rows, 2 * rows))
+    assert found.parts[0].gram.trace().item() == pytest.approx(ggn(model, task.train).trace().item(), rel=1e-12)
+    assert found.parts[0].gram.shape == ((35, 35) if primal else (2 * rows, 2 * rows))
 
 
 def test_duplicated_data_gives_the_same_matrix_in_the_other_form() -> None:
@@ -94,8 +94,8 @@ def test_duplicated_data_gives_the_same_matrix_in_the_other_form() -> None:
     )
     small, large = problem_of(task), problem_of(replace(task, splits={**task.splits, "train": five}))
     dual, primal = fitted(small), fitted(large)
-    assert dual.root is not None and primal.root is None
-    left, right = (inverse(found, found.blocks, absolute(1e-3), GAMMA) for found in (dual, primal))
+    assert dual.parts[0].root is not None and primal.parts[0].root is None
+    left, right = (inverse(found, found.parts[0].blocks, absolute(1e-3), GAMMA) for found in (dual, primal))
     assert close(left, right)
 
 
@@ -108,14 +108,14 @@ def test_what_is_solved_is_the_system(name: str) -> None:
     jacobians = []
     for c in range(classes):
         of_logit = blocked(model, per_example(model, problem.train, logit(c)))
-        jacobians.append(torch.cat([of_logit[b.name].flatten(1) for b in found.blocks], 1))
+        jacobians.append(torch.cat([of_logit[b.name].flatten(1) for b in found.parts[0].blocks], 1))
     j = torch.stack(jacobians, 1)  # (N, C, P)
     matrix = torch.zeros(j.shape[2], j.shape[2], dtype=torch.float64)
     for i in range(len(j)):
         p = model(**alone(problem.train, i)[0])[0].detach().softmax(0)
         matrix += j[i].T @ (p.diag() - torch.outer(p, p)) @ j[i] / len(j)
     identity = torch.eye(len(matrix), dtype=torch.float64)
-    inverted = inverse(found, found.blocks, absolute(0.02), GAMMA)
+    inverted = inverse(found, found.parts[0].blocks, absolute(0.02), GAMMA)
     assert close(inverted @ (matrix + (GAMMA + 0.02) * identity), identity)
     assert close(inverted, inverted.T)
     assert far(inverted @ (matrix + 0.02 * identity), identity)
@@ -139,13 +139,13 @@ def test_any_small_problem(rows: int, features: int, hidden: int, classes: int, 
 
 
 def test_a_sweep_of_damping_fits_once_and_equals_fresh_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, fits, original = three_classes(), [], ExactGGN.fit
+    task, fits, original = three_classes(), [], Dense.fit
 
-    def counting(self: ExactGGN, *arguments: object) -> FittedGGN:
+    def counting(self: Dense, *arguments: object) -> FittedDense:
         fits.append(self)
         return original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ExactGGN, "fit", counting)
+    monkeypatch.setattr(Dense, "fit", counting)
     problem, queries = problem_of(task), task.splits["query"]
     values = [1e-3, 10.0, 0.1, 1e-3]
     swept = [Influence(EXACT, absolute(v)).attribute(problem, queries) for v in values]
@@ -161,15 +161,15 @@ def test_a_sweep_of_damping_fits_once_and_equals_fresh_fits(monkeypatch: pytest.
 def test_solving_changes_nothing(rows: int) -> None:
     problem = problem_of(vector_task([4, 4, 3], rows=rows))
     found = fitted(problem)
-    rhs = found.coordinates(unit_vectors(found.blocks))
-    before, gram = [g.values.clone() for g in rhs], found.gram.clone()
-    root = None if found.root is None else found.root.clone()
+    rhs = found.coordinates(unit_vectors(found.parts[0].blocks))
+    before, gram = [g.values.clone() for g in rhs], found.parts[0].gram.clone()
+    root = None if found.parts[0].root is None else found.parts[0].root.clone()
     first = flat(found.precondition(rhs, absolute(0.1), GAMMA))
     found.precondition(rhs, absolute(3.0), GAMMA)
     assert torch.equal(flat(found.precondition(rhs, absolute(0.1), GAMMA)), first)
     assert all(torch.equal(g.values, was) for g, was in zip(rhs, before, strict=True))
-    assert torch.equal(found.gram, gram)
-    assert found.root is None or (root is not None and torch.equal(found.root, root))
+    assert torch.equal(found.parts[0].gram, gram)
+    assert found.parts[0].root is None or (root is not None and torch.equal(found.parts[0].root, root))
 
 
 @pytest.mark.parametrize("case", [three_classes, bert])
@@ -178,8 +178,8 @@ def test_products_in_coordinates_are_products_with_the_inverse(case: Callable[[]
     task = case()
     problem = problem_of(task)
     model, found = problem.model(), fitted(problem)
-    inverted = inverse(found, found.blocks, absolute(0.1), GAMMA)
-    for _, g in gradients(task, model, task.train, found.blocks, task.objective.loss):
+    inverted = inverse(found, found.parts[0].blocks, absolute(0.1), GAMMA)
+    for _, g in gradients(task, model, task.train, found.parts[0].blocks, task.objective.loss):
         inside = found.precondition(found.coordinates(g), absolute(0.1), GAMMA)
         dense = flat(plain(g))
         assert close(flat(found.coordinates(g)) @ flat(inside).T, dense @ inverted @ dense.T)
@@ -231,10 +231,10 @@ def test_decoupled_decay_is_no_curvature() -> None:
 def test_too_little_memory_is_refused_before_any_gradient() -> None:
     problem = problem_of(bert())
     with pytest.raises(UserError, match=r"method\.curvature\.memory_gib=1e-09.*modules"):
-        Influence(ExactGGN(1e-9), absolute(0.1)).attribute(problem, problem.task.splits["query"])
+        Influence(Dense("ggn", "global", 1e-9), absolute(0.1)).attribute(problem, problem.task.splits["query"])
     assert problem.meter.gradients == 0
     # What is restricted to fewer parameters needs less: 10 · 10 · 8 bytes.
-    enough = ExactGGN(801 / 2**30)
+    enough = Dense("ggn", "global", 801 / 2**30)
     assert Influence(enough, absolute(0.1), modules=("head",)).attribute(problem, problem.task.splits["query"]).any()
 
 

@@ -1,0 +1,83 @@
+"""ASTRA: stochastic Neumann iterations preconditioned by EK-FAC (Wang et al. 2025).
+
+    x ← x − α M⁻¹ ((H_B + δI) x − v),      M the preconditioner with the same damping, x₀ = M⁻¹ v
+With all data in the batch it converges for 0 < α < 2/λ_max(M⁻¹(H + δI)); α is `step` over that λ_max (power iteration).
+The mean of the second half of the iterates is returned: it averages the noise of the batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from methods.base import Problem
+from methods.curvature.base import Curvature, Fitted, InPlace, unflat
+from methods.curvature.damping import Damping
+from methods.curvature.neumann import say_how_far, still_converging
+from methods.curvature.operator import Inverse, Operator, preconditioner, relative
+from methods.curvature.products import MATRICES
+from methods.curvature.root import require_matrix
+from methods.gradients.per_example import Gradient
+from methods.gradients.source import Source
+from tasks.errors import require
+
+
+@dataclass(frozen=True)
+class ASTRA:
+    """`matrix`: hessian, ggn or empirical; `iterations` steps of `batch_size` examples (null: all of them)."""
+
+    matrix: str
+    preconditioner: Curvature
+    iterations: int
+    batch_size: int | None
+    step: float
+    precision: ClassVar[torch.dtype | None] = None
+
+    def __post_init__(self) -> None:
+        require_matrix(self.matrix, MATRICES)
+        require(self.iterations >= 1, "method.curvature.iterations", self.iterations, "1 or more")
+        size = self.batch_size
+        require(size is None or size >= 1, "method.curvature.batch_size", size, "1 or more, or null for all")
+        require(0 < self.step < 2, "method.curvature.step", self.step, "0 < step < 2")
+
+    def fit(self, problem: Problem, source: Source) -> "FittedASTRA":
+        fitted = preconditioner(problem, source, self.preconditioner)
+        assert fitted is not None
+        return FittedASTRA(self, Operator(problem, source, self.matrix), fitted)
+
+
+@dataclass(frozen=True)
+class FittedASTRA(InPlace):
+    """The preconditioner is factorised; every solve reads batches of the training set."""
+
+    settings: ASTRA
+    operator: Operator
+    preconditioner: Fitted
+
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        shift, settings, problem = self.operator.shift(damping, l2), self.settings, self.operator.problem
+        inverse = Inverse(self.preconditioner, self.operator.source, shift)
+        vectors = self.operator.vectors(rotated)
+        rate = settings.step / self.operator.largest(shift, inverse)
+        n, draw = len(problem.train), problem.generator("astra")
+        x = inverse(vectors)
+        mean, late = torch.zeros_like(x), settings.iterations - settings.iterations // 2
+        for t in range(settings.iterations):
+            batch = None
+            if settings.batch_size is not None and settings.batch_size < n:
+                batch = torch.randperm(n, generator=draw)[: settings.batch_size]
+            r = vectors - self.operator.times(x, batch) - shift * x
+            still_converging(r, vectors, "method.damping.value, or lower method.curvature.step")
+            x = x + rate * inverse(r)
+            if t >= settings.iterations - late:
+                mean += x / late
+        solution = x if settings.batch_size is None or settings.batch_size >= n else mean
+        residuals = relative(vectors - self.operator.times(solution) - shift * solution, vectors)
+        if not residuals.max() <= 1:
+            raise ArithmeticError(
+                f"ASTRA diverged: a residual of {residuals.max().item():.2g} times the right-hand side; "
+                f"lower method.curvature.step={settings.step} or take more damping"
+            )
+        say_how_far(residuals, "ASTRA", f"iterations={settings.iterations}")
+        return unflat(self.operator.source.blocks, solution)

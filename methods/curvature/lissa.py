@@ -1,0 +1,75 @@
+"""LiSSA: the Neumann series with a batch of training examples a step (Agarwal et al. 2017; Koh & Liang 2017, §3).
+
+    x ← x + (v − (H_B + δI) x) / σ,      `depth` steps, mean over `repeats` runs; H_B the curvature of a random batch
+σ is `scale`, or `MARGIN` times the largest eigenvalue of H + δI by power iteration. The damping is added, never
+subtracted, inside the recursion. Where the residual over all data exceeds the right-hand side, it diverged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from methods.base import Problem
+from methods.curvature.base import InPlace, unflat
+from methods.curvature.damping import Damping
+from methods.curvature.neumann import MARGIN, say_how_far, still_converging
+from methods.curvature.operator import Operator, relative
+from methods.curvature.products import MATRICES
+from methods.curvature.root import require_matrix
+from methods.gradients.per_example import Gradient
+from methods.gradients.source import Source
+from tasks.errors import require
+
+
+@dataclass(frozen=True)
+class LiSSA:
+    """`matrix`: hessian, ggn or empirical; `depth` steps of `batch_size` examples, `repeats` times."""
+
+    matrix: str
+    depth: int
+    batch_size: int
+    repeats: int
+    scale: float | None
+    precision: ClassVar[torch.dtype | None] = None
+
+    def __post_init__(self) -> None:
+        require_matrix(self.matrix, MATRICES)
+        for key in ("depth", "batch_size", "repeats"):
+            require(getattr(self, key) >= 1, f"method.curvature.{key}", getattr(self, key), "1 or more")
+        require(self.scale is None or self.scale > 0, "method.curvature.scale", self.scale, "above 0, or null")
+
+    def fit(self, problem: Problem, source: Source) -> "FittedLiSSA":
+        return FittedLiSSA(self, Operator(problem, source, self.matrix))
+
+
+@dataclass(frozen=True)
+class FittedLiSSA(InPlace):
+    """Nothing is factorised: every solve reads batches of the training set."""
+
+    settings: LiSSA
+    operator: Operator
+
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        shift, settings, problem = self.operator.shift(damping, l2), self.settings, self.operator.problem
+        vectors = self.operator.vectors(rotated)
+        scale = MARGIN * self.operator.largest(shift) if settings.scale is None else settings.scale
+        n, total = len(problem.train), torch.zeros_like(vectors)
+        for repeat in range(settings.repeats):
+            draw = problem.generator("lissa", repeat)
+            x = vectors / scale
+            for _ in range(settings.depth):
+                batch = torch.randperm(n, generator=draw)[: settings.batch_size]
+                r = vectors - self.operator.times(x, batch) - shift * x
+                still_converging(r, vectors, f"method.curvature.scale={scale:.3g} or the batch size")
+                x = x + r / scale
+            total += x / settings.repeats
+        residuals = relative(vectors - self.operator.times(total) - shift * total, vectors)
+        if not residuals.max() <= 1:
+            raise ArithmeticError(
+                f"LiSSA diverged: a residual of {residuals.max().item():.2g} times the right-hand side; "
+                f"raise method.curvature.scale={scale:.3g}, depth or batch_size"
+            )
+        say_how_far(residuals, "LiSSA", f"depth={settings.depth}")
+        return unflat(self.operator.source.blocks, total)

@@ -1,0 +1,92 @@
+"""Neumann series over the whole training set: what LiSSA samples.
+
+    x ← x + (v − (H + δI) x) / σ,      x_J = (1/σ) Σ_{j<=J} (I − (H + δI)/σ)^j v → (H + δI)⁻¹ v iff 0 < eig(H + δI) < 2σ
+σ is `scale`, or the largest eigenvalue by power iteration.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from methods.base import Problem
+from methods.curvature.base import InPlace, unflat
+from methods.curvature.damping import Damping
+from methods.curvature.operator import Operator, relative
+from methods.curvature.products import MATRICES
+from methods.curvature.root import require_matrix
+from methods.gradients.per_example import Gradient
+from methods.gradients.source import Source
+from tasks.errors import require
+
+MARGIN = 1.1  # the power iteration comes from below
+FAR = 0.1
+GROWTH = 10.0  # of a residual over its right-hand side: beyond it nothing converges
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """`matrix`: hessian, ggn or empirical. Stops at ‖r‖ <= tolerance · ‖v‖ or after `iterations`."""
+
+    matrix: str
+    tolerance: float
+    iterations: int
+    scale: float | None
+    precision: ClassVar[torch.dtype | None] = None
+
+    def __post_init__(self) -> None:
+        require_matrix(self.matrix, MATRICES)
+        require(0 < self.tolerance < 1, "method.curvature.tolerance", self.tolerance, "0 < tolerance < 1")
+        require(self.iterations >= 1, "method.curvature.iterations", self.iterations, "1 or more")
+        require(self.scale is None or self.scale > 0, "method.curvature.scale", self.scale, "above 0, or null")
+
+    def fit(self, problem: Problem, source: Source) -> "FittedNeumann":
+        return FittedNeumann(self, Operator(problem, source, self.matrix))
+
+
+@dataclass(frozen=True)
+class FittedNeumann(InPlace):
+    """Nothing is factorised: every solve reads the training set."""
+
+    settings: Neumann
+    operator: Operator
+
+    def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
+        shift, settings = self.operator.shift(damping, l2), self.settings
+        vectors = self.operator.vectors(rotated)
+        scale = MARGIN * self.operator.largest(shift) if settings.scale is None else settings.scale
+
+        def residual(x: Tensor) -> Tensor:
+            return vectors - self.operator.times(x) - shift * x
+
+        x = vectors / scale
+        for _ in range(settings.iterations):
+            r = residual(x)
+            still_converging(r, vectors, f"method.curvature.scale={scale:.3g}")
+            if relative(r, vectors).max() <= settings.tolerance:
+                break
+            x = x + r / scale
+        else:
+            say_how_far(relative(residual(x), vectors), "the Neumann series", f"iterations={settings.iterations}")
+        return unflat(self.operator.source.blocks, x)
+
+
+def still_converging(residual: Tensor, vectors: Tensor, what: str) -> None:
+    """The residual of a convergent iteration never outgrows the right-hand side by much."""
+    worst = relative(residual, vectors).max().item()
+    if not worst <= GROWTH:
+        raise ArithmeticError(f"diverged: its residual is {worst:.1e} times the right-hand side; raise {what}")
+
+
+def say_how_far(residuals: Tensor, name: str, key: str) -> None:
+    """A warning where the answer is off by more than a tenth."""
+    if residuals.mean() <= FAR:
+        return
+    warnings.warn(
+        f"{name}: residual {residuals.mean().item():.1e} (largest {residuals.max().item():.1e}) of the right-hand side "
+        f"after method.curvature.{key}",
+        stacklevel=3,
+    )
