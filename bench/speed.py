@@ -1,6 +1,6 @@
-"""How fast the truth engine is on this machine: ratios from one run, medians of several rounds.
+"""How fast the truth engine and EK-FAC are on this machine: ratios from one run, medians of several rounds.
 
-python -m bench.speed [only=vectorised,leave_one_out,processes,ray] [rounds=3] [trainings=400]
+python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac] [rounds=3] [trainings=400]
 """
 
 import os
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from tasks.training.engines import Executor
     from tasks.training.plan import Plan
 
-HELP = """How fast the truth engine is on this machine: ratios from one run, medians of several rounds.
+HELP = """How fast the truth engine and EK-FAC are on this machine: ratios from one run, medians of several rounds.
 
-    python -m bench.speed [only=vectorised,leave_one_out,processes,ray] [rounds=3] [trainings=400]
+    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac] [rounds=3] [trainings=400]
 
 vectorised     half-data trainings of digits/mlp: the stacked engine on all cores against one sequential trainer a core
 leave_one_out  all 1,000 leave-one-outs of digits/logreg to gradient norm 1e-8
 processes      trainings of bert_tiny on 1,000 short texts: one process a core against one with torch's default threads,
                and what bfloat16 and batches without length buckets would change
 ray            the same rows by Ray on this machine: what a unit costs beside its training (extra `cluster`)
+ekfac          EK-FAC scores of 1,000 texts x 100 queries on bert_tiny: ours against kronfluence (`make peers`), one
+               thread each, and the share of the processor's matrix-product rate that ours reaches
 trainings      of the vectorised measurement; 5000 is the size of a published study"""
 
 
@@ -207,6 +209,12 @@ def _ray(rounds: int, trainings: int) -> list[str]:
     return lines
 
 
+def _ekfac(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_ekfac import LONGEST, SETTINGS, joined, report
+
+    return report(joined(_task(*SETTINGS), LONGEST), rounds)
+
+
 def _made(executor: "Executor", task: "Task", plan: "Plan") -> float:
     """Wall seconds of training a whole plan, without a store."""
     started = time.perf_counter()
@@ -244,6 +252,7 @@ PARTS: dict[str, Callable[[int, int], list[str]]] = {
     "leave_one_out": _leave_one_out,
     "processes": _processes,
     "ray": _ray,
+    "ekfac": _ekfac,
 }
 
 

@@ -163,7 +163,7 @@ def _draw(found: Sequence[Curve], x: str, metric: str, task: str, path: Path) ->
     from matplotlib.figure import Figure
 
     rests = list(dict.fromkeys(c.rest for c in found))
-    figure = Figure(figsize=(4.8 * len(rests), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(rests) + 1.0, 3.6), layout="constrained")
     methods = sorted({c.method for c in found})
     for column, rest in enumerate(rests):
         axes = figure.add_subplot(1, len(rests), column + 1)
@@ -177,11 +177,13 @@ def _draw(found: Sequence[Curve], x: str, metric: str, task: str, path: Path) ->
             xs, values = [at(p.x) for p in curve.points], [p.value for p in curve.points]
             errors = [[p.value - p.low for p in curve.points], [p.high - p.value for p in curve.points]]
             axes.errorbar(
-                xs, values, errors, marker="o", capsize=2, label=curve.method, color=f"C{methods.index(curve.method)}"
-            )
+                xs, values, errors, marker="o", capsize=2, label=curve.method, color=f"C{methods.index(curve.method)}",
+                linestyle="-" if numeric else "none",
+            )  # fmt: skip
             ceilings |= {at(p.x): p.ceiling for p in curve.points if p.ceiling is not None}
         if ceilings:
-            axes.plot(*zip(*sorted(ceilings.items()), strict=True), "k--", label="noise ceiling")
+            style = {"linestyle": "--"} if numeric else {"linestyle": "none", "marker": "_", "markersize": 18}
+            axes.plot(*zip(*sorted(ceilings.items()), strict=True), color="k", label="noise ceiling", **style)
         if not numeric:
             axes.set_xticks(list(positions.values()), [str(x) for x in numbers])
         elif 0 < 8 * min(numbers) < max(numbers):
@@ -190,7 +192,7 @@ def _draw(found: Sequence[Curve], x: str, metric: str, task: str, path: Path) ->
         axes.set(xlabel=x, ylabel=metric, title=rest if rest else task)
         axes.title.set_fontsize(8)
         if column == 0:
-            axes.legend(frameon=False, fontsize=7)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     records.write_bytes(path, buffer.getvalue())
