@@ -304,6 +304,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
+        elif key == "_target_" and prefix:  # curvature=KFAC
+            yield prefix.rstrip("."), str(value).rpartition(".")[2]
         else:
             yield f"{prefix}{key}", _show(value)
 

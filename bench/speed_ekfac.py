@@ -187,10 +187,15 @@ def _cut(rows: list[Row]) -> Row:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the deprecations of other people's code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    """For the peer's sake: no deprecations of its own, and when it collects garbage between its steps, as it does, none
+    of the many objects of this process are gone through."""
+    gc.freeze()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def theirs(task: Task, damping: float, batch_size: int, cut: bool) -> tuple[Took, Tensor]:
@@ -223,12 +228,9 @@ def report(task: Task, rounds: int, damping: float = DAMPING) -> list[str]:
     """Lines; all sides alternate, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # the peer collects garbage between its steps: this process's objects are not its own
     try:
         return _report(task, rounds, damping)
     finally:
-        gc.unfreeze()
         torch.set_num_threads(threads)
 
 
@@ -237,7 +239,8 @@ def _report(task: Task, rounds: int, damping: float) -> list[str]:
     model = task.initial(0)
     linear = [name for name, m in model.named_modules() if type(m) is nn.Linear]
     few = replace(
-        task, splits={"train": task.train.select(range(0, n, 5)), "query": task.splits["query"].select(range(5))}
+        task,
+        splits={"train": task.train.select(range(0, n, 5)), "query": task.splits["query"].select(range(0, queries, 5))},
     )
     sides: dict[str, Callable[[Task], tuple[Took, Tensor]]] = {
         "linear": lambda t: ours(t, damping, linear),
@@ -261,8 +264,8 @@ def _report(task: Task, rounds: int, damping: float) -> list[str]:
     rate = max(rates)
     lines = [
         f"{n:,} texts of {lengths.float().mean():.0f} tokens on average and {lengths.max()} at most x {queries} "
-        f"queries, model={task.model} as initialised (seed 0, untrained), float32, labels of the data (empirical Fisher), "
-        f"absolute damping {damping:.0e}, one thread",
+        f"queries, model={task.model} as initialised (seed 0, untrained), float32, labels of the data (empirical "
+        f"Fisher), absolute damping {damping:.0e}, one thread",
         _seconds(f"ours, {len(linear)} linear layers", took["linear"]),
         _seconds("ours, all blocks (embeddings and norms too)", took["all"]),
         f"1024 x 1024 float32 matrix products reach {rate / 1e9:.1f} GFLOP/s here",

@@ -1,8 +1,8 @@
 """ASTRA: stochastic Neumann iterations preconditioned by EK-FAC (Wang et al. 2025).
 
     x ← x − α M⁻¹ ((H_B + δI) x − v),      M the preconditioner with the same damping, x₀ = M⁻¹ v
-With all data in the batch it converges for 0 < α < 2/λ_max(M⁻¹(H + δI)); α is `step` over that λ_max (power iteration).
-The mean of the second half of the iterates is returned: it averages the noise of the batches.
+With all data in the batch it converges for 0 < α < 2/λ_max(M⁻¹(H + δI)); α is `step` over that
+λ_max, by power iteration on batches. With batches the mean of the second half of the iterates is returned.
 """
 
 from collections.abc import Sequence
@@ -56,23 +56,19 @@ class FittedASTRA(InPlace):
     preconditioner: Fitted
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
-        shift, settings, problem = self.operator.shift(damping, l2), self.settings, self.operator.problem
+        shift, settings = self.operator.shift(damping, l2), self.settings
         inverse = Inverse(self.preconditioner, self.operator.source, shift)
         vectors = self.operator.vectors(rotated)
-        rate = settings.step / self.operator.largest(shift, inverse)
-        n, draw = len(problem.train), problem.generator("astra")
+        rate = settings.step / self.operator.largest(shift, inverse, settings.batch_size)
         x = inverse(vectors)
         mean, late = torch.zeros_like(x), settings.iterations - settings.iterations // 2
         for t in range(settings.iterations):
-            batch = None
-            if settings.batch_size is not None and settings.batch_size < n:
-                batch = torch.randperm(n, generator=draw)[: settings.batch_size]
-            r = vectors - self.operator.times(x, batch) - shift * x
-            still_converging(r, vectors, "method.damping.value, or lower method.curvature.step")
-            x = x + rate * inverse(r)
+            batch = self.operator.batch(settings.batch_size, "astra", t)
+            x = x + rate * inverse(vectors - self.operator.times(x, batch) - shift * x)
+            still_converging(x, vectors, shift, "method.damping.value, or lower method.curvature.step")
             if t >= settings.iterations - late:
                 mean += x / late
-        solution = x if settings.batch_size is None or settings.batch_size >= n else mean
+        solution = x if self.operator.whole(settings.batch_size) else mean
         residuals = relative(vectors - self.operator.times(solution) - shift * solution, vectors)
         if not residuals.max() <= 1:
             raise ArithmeticError(

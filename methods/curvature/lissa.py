@@ -1,7 +1,7 @@
 """LiSSA: the Neumann series with a batch of training examples a step (Agarwal et al. 2017; Koh & Liang 2017, §3).
 
     x ← x + (v − (H_B + δI) x) / σ,      `depth` steps, mean over `repeats` runs; H_B the curvature of a random batch
-σ is `scale`, or `MARGIN` times the largest eigenvalue of H + δI by power iteration. The damping is added, never
+σ is `scale`, or 1.1 times the largest eigenvalue of H_B + δI by power iteration on batches. The damping is added, never
 subtracted, inside the recursion. Where the residual over all data exceeds the right-hand side, it diverged.
 """
 
@@ -52,18 +52,18 @@ class FittedLiSSA(InPlace):
     operator: Operator
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
-        shift, settings, problem = self.operator.shift(damping, l2), self.settings, self.operator.problem
+        shift, settings = self.operator.shift(damping, l2), self.settings
         vectors = self.operator.vectors(rotated)
-        scale = MARGIN * self.operator.largest(shift) if settings.scale is None else settings.scale
-        n, total = len(problem.train), torch.zeros_like(vectors)
+        scale = settings.scale
+        if scale is None:
+            scale = MARGIN * self.operator.largest(shift, batch_size=settings.batch_size)
+        total = torch.zeros_like(vectors)
         for repeat in range(settings.repeats):
-            draw = problem.generator("lissa", repeat)
             x = vectors / scale
-            for _ in range(settings.depth):
-                batch = torch.randperm(n, generator=draw)[: settings.batch_size]
-                r = vectors - self.operator.times(x, batch) - shift * x
-                still_converging(r, vectors, f"method.curvature.scale={scale:.3g} or the batch size")
-                x = x + r / scale
+            for step in range(settings.depth):
+                batch = self.operator.batch(settings.batch_size, "lissa", repeat, step)
+                x = x + (vectors - self.operator.times(x, batch) - shift * x) / scale
+                still_converging(x, vectors, shift, f"method.curvature.scale={scale:.3g} or the batch size")
             total += x / settings.repeats
         residuals = relative(vectors - self.operator.times(total) - shift * total, vectors)
         if not residuals.max() <= 1:

@@ -24,7 +24,7 @@ from tasks.errors import require
 
 MARGIN = 1.1  # the power iteration comes from below
 FAR = 0.1
-GROWTH = 10.0  # of a residual over its right-hand side: beyond it nothing converges
+GROWTH = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FittedNeumann(InPlace):
         x = vectors / scale
         for _ in range(settings.iterations):
             r = residual(x)
-            still_converging(r, vectors, f"method.curvature.scale={scale:.3g}")
+            still_converging(x, vectors, shift, f"method.curvature.scale={scale:.3g}")
             if relative(r, vectors).max() <= settings.tolerance:
                 break
             x = x + r / scale
@@ -74,11 +74,11 @@ class FittedNeumann(InPlace):
         return unflat(self.operator.source.blocks, x)
 
 
-def still_converging(residual: Tensor, vectors: Tensor, what: str) -> None:
-    """The residual of a convergent iteration never outgrows the right-hand side by much."""
-    worst = relative(residual, vectors).max().item()
+def still_converging(x: Tensor, vectors: Tensor, shift: float, what: str) -> None:
+    """‖(H + δI)⁻¹ v‖ <= ‖v‖/δ for every positive semi-definite H: an iterate far beyond it never comes back."""
+    worst = (shift * relative(x, vectors)).max().item()
     if not worst <= GROWTH:
-        raise ArithmeticError(f"diverged: its residual is {worst:.1e} times the right-hand side; raise {what}")
+        raise ArithmeticError(f"diverged: an iterate is {worst:.1e} times what its solution can be; raise {what}")
 
 
 def say_how_far(residuals: Tensor, name: str, key: str) -> None:

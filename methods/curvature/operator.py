@@ -15,6 +15,7 @@ from methods.gradients.per_example import Gradient, flat, plain
 from methods.gradients.source import Source
 
 PROBES = 32  # of Hutchinson's estimate of a Hessian's trace
+BATCHES = 8  # of which the largest curvature is taken for steps on batches
 POWER = 30  # steps of a power iteration
 
 
@@ -59,15 +60,29 @@ class Operator:
 
         return self.problem.once(("trace", self.source.blocks, self.matrix), made)
 
-    def largest(self, shift: float, inverse: "Inverse | None" = None) -> float:
-        """λ_max of M⁻¹ (H + δI), M = I without `inverse`, by power iteration over all data; an estimate from below."""
-        v, value = self.random(1, "power"), 0.0
-        for _ in range(POWER):
-            w = self.times(v) + shift * v
-            w = w if inverse is None else inverse(w)
-            value = (w.norm() / v.norm()).item()
-            v = w / w.norm().clamp_min(torch.finfo(w.dtype).tiny)
-        return value
+    def largest(self, shift: float, inverse: "Inverse | None" = None, batch_size: int | None = None) -> float:
+        """λ_max of M⁻¹ (H + δI), M = I without `inverse`, by power iteration, an estimate from below: over all data, or
+        the largest of `BATCHES` random batches, whose curvature in a direction may be many times the mean's."""
+        values = []
+        for rows in [None] if self.whole(batch_size) else [self.batch(batch_size, "power", k) for k in range(BATCHES)]:
+            v, value = self.random(1, "power"), 0.0
+            for _ in range(POWER):
+                w = self.times(v, rows) + shift * v
+                w = w if inverse is None else inverse(w)
+                value = (w.norm() / v.norm()).item()
+                v = w / w.norm().clamp_min(torch.finfo(w.dtype).tiny)
+            values.append(value)
+        return max(values)
+
+    def whole(self, batch_size: int | None) -> bool:
+        """Whether a batch of that size is the training set."""
+        return batch_size is None or batch_size >= len(self.problem.train)
+
+    def batch(self, batch_size: int | None, *name: object) -> Tensor | None:
+        """Rows of a random batch without replacement, seeded by the run and its name; None for all."""
+        if self.whole(batch_size):
+            return None
+        return torch.randperm(len(self.problem.train), generator=self.problem.generator(*name))[:batch_size]
 
 
 @dataclass(frozen=True)
