@@ -13,7 +13,7 @@ from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import Gradient, inner, norms, sum_of_products
+from methods.gradients.per_example import Gradient, inner, norms, plain, sum_of_products
 from methods.gradients.source import Source
 from tasks.base import Examples
 from tasks.errors import UserError
@@ -28,7 +28,8 @@ class Influence(Method):
 
     value(i) = −(1/N) ∇ℓ(i)ᵀ (H + γI + λI)⁻¹ ∇ℓ(i): a large self-influence is suspicious.
     γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
-    S, gradients are Sg throughout and H is S H Sᵀ.
+    S, gradients are Sg throughout and H is S H Sᵀ. `precision` bf16 rounds the factors of training gradients before
+    they are rotated and multiplied out (queries, covariances and eigendecompositions stay as they are).
     """
 
     curvature: Curvature
@@ -36,12 +37,15 @@ class Influence(Method):
     similarity: str = "dot"
     modules: tuple[str, ...] | None = None
     compression: Compression = Uncompressed()  # noqa: RUF009
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.similarity not in ("dot", "cosine"):
             raise UserError("method.similarity", self.similarity, allowed="dot, cosine")
         if self.similarity == "cosine" and not isinstance(self.curvature, Identity):
             raise UserError("method.similarity", "cosine", "goes with identity curvature only", hint="take dot")
+        if self.precision not in ("float32", "bf16"):
+            raise UserError("method.precision", self.precision, allowed="float32, bf16")
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", (self.modules,))
         elif self.modules is not None:
@@ -62,13 +66,14 @@ class Influence(Method):
             problem.meter.gradients += len(rows)
             measured = source.collected(queries.select(rows), task.objective.measure, fitted.coordinates)
             lengths = norms(measured).double().cpu()
-            measured = fitted.precondition(measured, self.damping, task.recipe.l2)
+            # Queries leave the coordinates once: training gradients, which are more, then need not enter them.
+            measured = source.rounded(fitted.back(fitted.precondition(measured, self.damping, task.recipe.l2)))
             for index, found in source.gradients(problem.train, task.objective.loss):
                 problem.meter.gradients += len(index)
-                g = fitted.coordinates(found)
-                product = -inner(measured, g).double().cpu()
+                found = source.rounded(found)
+                product = -inner(measured, (f.gradient() for f in found)).double().cpu()
                 if self.similarity == "cosine":
-                    product /= lengths[:, None] * norms(g).double().cpu()
+                    product /= lengths[:, None] * norms(plain(found)).double().cpu()
                 else:
                     product /= len(problem.train)
                 scores[rows[:, None], index] = product
@@ -100,10 +105,19 @@ class Influence(Method):
                 model = model.to(self.curvature.precision)
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
             source = Source(problem.task, model, tuple(blocks))
-            return replace(source, squeeze=self.compression.fit(problem, source))
+            source = replace(source, squeeze=self.compression.fit(problem, source))
+            return replace(source, products=torch.bfloat16) if self.precision == "bf16" else source
 
         return problem.once(
-            ("source", self.modules, self.compression, self.curvature.precision, *(e.ids for e in data)), made
+            (
+                "source",
+                self.modules,
+                self.compression,
+                self.precision,
+                self.curvature.precision,
+                *(e.ids for e in data),
+            ),
+            made,
         )
 
     def _fitted(self, problem: Problem, source: Source) -> Fitted:

@@ -32,7 +32,9 @@ class TracIn(Method):
             problem.meter.gradients += len(queries)
             for index, found in source.gradients(problem.train, problem.task.objective.loss):
                 problem.meter.gradients += len(index)
-                scores[:, index] -= checkpoint.path * inner(measured, plain(found)).double().cpu() / len(problem.train)
+                scores[:, index] -= (
+                    checkpoint.path * inner(measured, (f.gradient() for f in found)).double().cpu() / len(problem.train)
+                )
         return scores
 
     def value(self, problem: Problem) -> Tensor:

@@ -18,7 +18,7 @@ class Fitted(Protocol):
     """A factorised curvature H of the mean training loss (its L2 term aside); fitted once, any damping after.
 
     It works in coordinates of its own, an orthonormal basis U in which solving is cheap (U = I is allowed):
-    gᵀ (H + δI)⁻¹ v = ⟨Uᵀg, precondition(Uᵀv)⟩, so scores never need to leave them. What is handed in stays as it is.
+    gᵀ (H + δI)⁻¹ v = ⟨Uᵀg, precondition(Uᵀv)⟩ = ⟨g, back(precondition(Uᵀv))⟩. What is handed in stays as it is.
     """
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
@@ -27,6 +27,9 @@ class Fitted(Protocol):
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         """Uᵀ (H + γI + λI)⁻¹ U of what is in coordinates; γ = `l2`, λ by `damping`. Where H couples no columns, the
         columns stay as they are; else all are given."""
+
+    def back(self, rotated: Sequence[Gradient]) -> list[Gradient]:
+        """U of what is in coordinates, all columns given."""
 
     def solve(self, vectors: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         """(H + γI + λI)⁻¹ of vectors in the parameters' own coordinates, all columns given."""
@@ -40,6 +43,9 @@ class InPlace:
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         raise NotImplementedError
+
+    def back(self, rotated: Sequence[Gradient]) -> list[Gradient]:
+        return list(rotated)
 
     def solve(self, vectors: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         return self.precondition(vectors, damping, l2)

@@ -25,5 +25,5 @@ class Diagonal:
         bases = {b.name: Basis() for b in source.blocks}
         stream = columns(problem, source, self.matrix, "eigenvalues")
         return Eigenbases(
-            "the diagonal", source.blocks, bases, second_moments(len(problem.train), bases, source.blocks, stream)
+            "the diagonal", source.blocks, bases, second_moments(len(problem.train), bases, source, stream)
         )

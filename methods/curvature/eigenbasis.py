@@ -13,7 +13,10 @@ from torch import Tensor
 from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, Gradient
+from methods.gradients.per_example import Factors, Gradient, wide
+from methods.gradients.source import Source
+
+CACHED = 2**20  # numbers of gradients that are squared while they are in the cache
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,11 @@ class Basis:
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def of_factors(self, f: Factors) -> Gradient:
-        """U_Sᵀ G U_A of per-example gradients: the factors are rotated, which is far cheaper than their products."""
+    def of_factors(self, f: Factors) -> Factors:
+        """Factors of U_Sᵀ G U_A: they are rotated, which is far cheaper than to rotate their products."""
         inputs = f.inputs if self.right is None else f.inputs @ _like(self.right, f.inputs)
         outputs = f.outputs if self.left is None else f.outputs @ _like(self.left, f.outputs)
-        return replace(f, inputs=inputs, outputs=outputs).gradient()
+        return replace(f, inputs=inputs, outputs=outputs)
 
     def forth(self, v: Tensor) -> Tensor:
         """U_Sᵀ V U_A of (R, out, in)."""
@@ -45,15 +48,18 @@ def _like(matrix: Tensor, other: Tensor) -> Tensor:
 
 
 def second_moments(
-    n: int, bases: Mapping[str, Basis], blocks: Sequence[Block], stream: Iterable[tuple[Tensor, list[list[Factors]]]]
+    n: int, bases: Mapping[str, Basis], source: Source, stream: Iterable[tuple[Tensor, list[list[Factors]]]]
 ) -> dict[str, Tensor]:
     """Λ = (1/N) Σ (U_Sᵀ G U_A)² over examples and columns, G summed over positions before the square; float64."""
-    found = {b.name: torch.zeros(b.shape, dtype=torch.float64) for b in blocks}
+    found = {b.name: torch.zeros(b.shape, dtype=torch.float64) for b in source.blocks}
     for _, columns in stream:
-        for f in (f for column in columns for f in column):
-            g = bases[f.block.name].of_factors(f)
-            where = slice(None) if g.columns is None else g.columns.cpu()
-            found[f.block.name][:, where] += g.values.square_().sum(0).double().cpu()
+        for f in (f for column in columns for f in source.rounded(column)):
+            total = found[f.block.name]
+            for few in bases[f.block.name].of_factors(f).split(max(1, CACHED // f.block.size)):
+                part = few.gradient()
+                where = slice(None) if part.columns is None else part.columns.cpu()
+                squares = torch.sum(part.values.square_(), 0, dtype=wide(part.values.dtype))
+                total[:, where] += squares.double().cpu()
     return {name: total / n for name, total in found.items()}
 
 
@@ -72,7 +78,7 @@ class Eigenbases:
     eigenvalues: Mapping[str, Tensor]
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
-        return [self.bases[f.block.name].of_factors(f) for f in found]
+        return [self.bases[f.block.name].of_factors(f).gradient() for f in found]
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         deltas = self._deltas(damping, l2)
@@ -82,9 +88,12 @@ class Eigenbases:
             solved.append(replace(g, values=g.values * g.of(_like(scale, g.values))))
         return solved
 
+    def back(self, rotated: Sequence[Gradient]) -> list[Gradient]:
+        return self._moved(rotated, lambda basis, v: basis.back(v))
+
     def solve(self, vectors: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         rotated = self._moved(vectors, lambda basis, v: basis.forth(v))
-        return self._moved(self.precondition(rotated, damping, l2), lambda basis, v: basis.back(v))
+        return self.back(self.precondition(rotated, damping, l2))
 
     def _moved(self, vectors: Sequence[Gradient], move: Callable[[Basis, Tensor], Tensor]) -> list[Gradient]:
         return [Gradient(g.block, move(self.bases[g.block.name], g.values)) for g in vectors]

@@ -34,5 +34,5 @@ class EKFAC:
             for name, c in sums.items()
         }
         stream = columns(problem, source, self.matrix, "eigenvalues")
-        eigenvalues = second_moments(len(problem.train), bases, source.blocks, stream)
+        eigenvalues = second_moments(len(problem.train), bases, source, stream)
         return Eigenbases("EK-FAC", source.blocks, bases, eigenvalues)

@@ -7,22 +7,20 @@ from typing import ClassVar
 import torch
 
 from methods.base import Problem
+from methods.curvature.base import InPlace
 from methods.curvature.damping import Damping
-from methods.gradients.per_example import Factors, Gradient, plain
+from methods.gradients.per_example import Gradient
 from methods.gradients.source import Source
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(InPlace):
     """Damping and L2 would only rescale it: they are ignored."""
 
     precision: ClassVar[torch.dtype | None] = None
 
     def fit(self, problem: Problem, source: Source) -> "Identity":
         return self
-
-    def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
-        return plain(found)
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         return list(rotated)

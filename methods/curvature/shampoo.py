@@ -47,5 +47,5 @@ class Shampoo:
             for name, total in left.items()
         }
         stream = columns(problem, source, self.matrix, "eigenvalues")
-        eigenvalues = second_moments(len(problem.train), bases, source.blocks, stream)
+        eigenvalues = second_moments(len(problem.train), bases, source, stream)
         return Eigenbases("Shampoo", source.blocks, bases, eigenvalues)

@@ -4,9 +4,9 @@ One forward pass, one backward pass down to the module outputs only: no paramete
 Modules without a rule of their own are run once more, one example at a time, to differentiate ⟨module(x_b), d_b⟩.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from methods.gradients.blocks import Block, refusal
 from tasks.base import Batch, Examples, Task
 
 BATCH = 128  # examples at once at the most
-BYTES = 2**28  # of the gradients of these, in float32
+FEWEST = 8
+BYTES = 2**25 - 2**16  # of a block's gradients in float32: glibc maps larger ones anew, page by page, every time
 SAME = 1e-3  # of its largest number: what a module's output may change by when it is run again, even in half precision
 
 
@@ -39,6 +40,16 @@ class Factors:
     inputs: Tensor
     outputs: Tensor
     mask: Tensor
+
+    def split(self, rows: int) -> "list[Factors]":
+        """The same, `rows` examples at a time."""
+        parts = zip(self.inputs.split(rows), self.outputs.split(rows), self.mask.split(rows), strict=True)
+        return [Factors(self.block, *part) for part in parts]
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same in another precision; ids stay ids."""
+        inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
+        return replace(self, inputs=inputs, outputs=self.outputs.to(dtype))
 
     def gradient(self) -> "Gradient":
         """Σ_t d_t a_tᵀ; of an embedding, only the columns that this batch looks up."""
@@ -61,6 +72,10 @@ class Gradient:
     block: Block
     values: Tensor
     columns: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Gradient":
+        """The same in another precision."""
+        return replace(self, values=self.values.to(dtype))
 
     def dense(self) -> Tensor:
         """(B, out, in)."""
@@ -225,8 +240,8 @@ Scalar = Callable[[Tensor, Tensor], Tensor]
 
 
 def together(blocks: Sequence[Block]) -> int:
-    """Examples in a batch: as many as hide Python, as few as keep their gradients in `BYTES`."""
-    return max(1, min(BATCH, BYTES // (4 * sum(b.size for b in blocks))))
+    """Examples in a batch: enough for matrix products to pay, few enough for a block's gradients to fit in `BYTES`."""
+    return max(FEWEST, min(BATCH, BYTES // (4 * max(b.size for b in blocks))))
 
 
 def gradients(
@@ -271,11 +286,15 @@ def flat(found: Sequence[Gradient]) -> Tensor:
     return torch.cat([g.dense().flatten(1) for g in found], 1)
 
 
-def inner(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tensor:
-    """⟨l_q, r_i⟩ over all blocks, (Q, B); `left` has all columns."""
-    return torch.stack(
-        [r.of(l.dense()).flatten(1) @ r.values.flatten(1).T for l, r in zip(left, right, strict=True)]
-    ).sum(0)
+def inner(left: Sequence[Gradient], right: Iterable[Gradient]) -> Tensor:
+    """⟨l_q, r_i⟩ over all blocks, (Q, B); `left` has all columns. `right` is read block by block."""
+    parts = [r.of(l.dense()).flatten(1) @ r.values.flatten(1).T for l, r in zip(left, right, strict=True)]
+    return torch.stack(parts).sum(0, dtype=wide(parts[0].dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of many numbers of a dtype are kept in."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def sum_of_products(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tensor:

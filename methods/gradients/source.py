@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from methods.gradients.blocks import Block
 from methods.gradients.per_example import Factors, Gradient, Scalar, gradients, output_gradients, plain
 from tasks.base import Examples, Task
+
+Rounded = TypeVar("Rounded", Factors, Gradient)
 
 
 class Squeeze(Protocol):
@@ -25,12 +27,18 @@ class Squeeze(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Gradients of one model by `covered`, its own blocks; after `squeeze`, where there is one."""
+    """Gradients of one model by `covered`, its own blocks; after `squeeze`, where there is one. `products`: see
+    `rounded`."""
 
     task: Task
     model: nn.Module
     covered: tuple[Block, ...]
     squeeze: Squeeze | None = None
+    products: torch.dtype | None = None
+
+    def rounded(self, found: Sequence[Rounded]) -> list[Rounded]:
+        """Factors or gradients in the dtype of the heavy products, the model's own where `products` is None."""
+        return [f if self.products is None else f.to(self.products) for f in found]
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -1,0 +1,71 @@
+"""The speed program: what it says of itself, and its part on EK-FAC on a tiny task."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from bench import speed, speed_ekfac
+from bench.speed_ekfac import Took, joined, ours, report, theirs
+from tasks.base import Task
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    sizes = ("task.n_train=30", "task.n_query=4", "task.n_val=1", "model.layers=1", "model.width=16")
+    return joined(speed._task(*speed_ekfac.SETTINGS, *sizes), 24)
+
+
+def linear(task: Task) -> list[str]:
+    return [name for name, m in task.initial(0).named_modules() if type(m) is torch.nn.Linear]
+
+
+def test_help_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"only={','.join(speed.PARTS)}]" in told
+    assert all(f"\n{part} " in told for part in speed.PARTS)
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main(["only=nothing"]) == 2
+    assert "only=nothing" in capsys.readouterr().err
+
+
+def test_joined_texts_begin_and_end_as_texts_do(task: Task) -> None:
+    plain = speed._task(*speed_ekfac.SETTINGS, "task.n_train=30", "task.n_query=4", "task.n_val=1")
+    start, end = plain.train.inputs["input_ids"][0, 0], 3  # [PAD], [UNK], [CLS], [SEP]
+    ids, mask = task.train.inputs["input_ids"], task.train.inputs["attention_mask"]
+    lengths = mask.sum(1)
+    assert ids.shape == mask.shape == (30, 24) and lengths.max() == 24 and lengths.min() < 12
+    assert (ids[:, 0] == start).all() and (ids[torch.arange(30), lengths - 1] == end).all()
+    assert ((ids == end).sum(1) == 1).all() and (ids[mask == 0] == 0).all()
+
+
+def test_counted_products_are_at_least_those_of_the_formulas(task: Task) -> None:
+    """Of linear layers in two passes: forward, a aᵀ, d dᵀ, both rotations and d aᵀ; all others are fewer."""
+    took, scores = ours(task, 1e-4, linear(task), count=True)
+    assert scores.shape == (4, 30)
+    tokens = int(task.train.inputs["attention_mask"].sum())
+    layers = [(m.out_features, m.in_features) for m in task.initial(0).modules() if isinstance(m, torch.nn.Linear)][:-1]
+    least = sum(2 * tokens * (2 * o * i + 2 * (i + 1) ** 2 + 2 * o**2 + o * (i + 1)) for o, i in layers)
+    assert least < took.fit < 3 * least
+    assert 0 < took.score < took.both == took.fit + took.score
+
+
+def test_without_the_peer_a_line_says_how_to_install_it(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lines = report(task, 1)
+    assert lines[-1] == "kronfluence is not installed: `make peers` installs it"
+    assert any(line.startswith("ours, linear layers: fit ") and "% of that rate" in line for line in lines)
+
+
+def test_both_sides_give_the_same_scores(task: Task) -> None:
+    pytest.importorskip("kronfluence", reason="kronfluence is not installed: make peers")
+    mine, found = ours(task, 1e-4, linear(task))
+    for cut in (False, True):
+        took, expected = theirs(task, 1e-4, 8, cut)
+        assert min(took.fit, took.score, mine.fit, mine.score) > 0
+        assert speed_ekfac._correlation(found, expected) > 0.9999
+        assert speed_ekfac._correlation(found.flip(1), expected) < 0.9
+    assert "2.00x [2.00, 2.00]" in speed_ekfac._ratio("a", [Took(3.0, 1.0)], [Took(1.0, 1.0)])
