@@ -26,7 +26,7 @@ from bench.console import Console
 from bench.evaluations.base import Case, Evaluation, NotApplicable, Unfit
 from bench.memory import Peak
 from bench.plan import planned_work
-from methods.base import Method, Problem, Unsupported
+from methods.base import Fits, Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
 from tasks.base import Task, Trajectory
 from tasks.errors import UserError
@@ -36,6 +36,7 @@ from tasks.training.retrain import VERSION as TRAINING_VERSION
 from tasks.training.train import load
 
 VERSION = 1  # of what attribution and judging mean; enters every run id
+FITS = Fits()  # the last fit of this process: a sweep over damping factorises once
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,11 @@ def _judge(
         record |= {"status": "unfit", "reason": unfit_reason(task, record["fitness"])}
 
     problem = Problem(
-        task.public(), config.seed, lambda k: explained(task, config.seed, k, cache / "models"), config.device
+        task.public(),
+        config.seed,
+        lambda k: explained(task, config.seed, k, cache / "models"),
+        config.device,
+        fits=FITS.of((task.key(), task.fingerprint(), config.seed, config.device)),
     )
     peak = Peak()
     attribution, value = _scorers(problem, method, console, peak, kept)
@@ -190,8 +195,12 @@ def _judge(
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
     attributed = console.seconds.get("attribution", 0.0)
     record["cost"] = {
-        "seconds": attributed + problem.meter.seconds_of_trainings,
-        "phases": {**console.seconds, "trainings": problem.meter.seconds_of_trainings},
+        "seconds": attributed + problem.meter.seconds_of_trainings + problem.meter.seconds_of_fits,
+        "phases": {
+            **console.seconds,
+            "trainings": problem.meter.seconds_of_trainings,
+            "fits_reused": problem.meter.seconds_of_fits,
+        },
         "peak_memory_bytes": peak.bytes,
         "trainings": problem.meter.trainings,
         "gradients": problem.meter.gradients,

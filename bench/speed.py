@@ -1,6 +1,6 @@
-"""How fast the truth engine and EK-FAC are on this machine: ratios from one run, medians of several rounds.
+"""How fast the truth engine and influence functions are on this machine: ratios from one run, medians of several rounds.
 
-python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac] [rounds=3] [trainings=400]
+python -m bench.speed [only=...] [rounds=3] [trainings=400]; --help says what the parts are
 """
 
 import os
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from tasks.training.engines import Executor
     from tasks.training.plan import Plan
 
-HELP = """How fast the truth engine and EK-FAC are on this machine: ratios from one run, medians of several rounds.
+HELP = """How fast the truth engine and influence functions are on this machine: ratios from one run, medians of several rounds.
 
-    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac] [rounds=3] [trainings=400]
+    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,solvers,logra,memory,precision]
+                          [rounds=3] [trainings=400]
 
 vectorised     half-data trainings of digits/mlp: the stacked engine on all cores against one sequential trainer a core
 leave_one_out  all 1,000 leave-one-outs of digits/logreg to gradient norm 1e-8
@@ -29,6 +30,11 @@ processes      trainings of bert_tiny on 1,000 short texts: one process a core a
 ray            the same rows by Ray on this machine: what a unit costs beside its training (extra `cluster`)
 ekfac          EK-FAC scores of 1,000 texts x 100 queries on bert_tiny: ours against kronfluence (`make peers`), one
                thread each, and the share of the processor's matrix-product rate that ours reaches
+solvers        conjugate gradients and LiSSA on digits/mlp: 100 queries at once against one by one, with the columns of
+               the curvature's root kept in memory and with columns made anew in every product
+logra          EK-FAC scores as in `ekfac`, of full gradients against LoGra's 32 x 32 numbers a layer
+memory         what scoring adds to this process at its peak, for 1,000, 4,000 and 16,000 texts
+precision      EK-FAC scores as in `ekfac`, with factors and products in float32 against bfloat16
 trainings      of the vectorised measurement; 5000 is the size of a published study"""
 
 
@@ -215,6 +221,33 @@ def _ekfac(rounds: int, trainings: int) -> list[str]:
     return report(joined(_task(*SETTINGS), LONGEST), rounds)
 
 
+def _solvers(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_solvers import DIGITS, solvers
+
+    return solvers(_task(*DIGITS), rounds)
+
+
+def _logra(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_ekfac import LONGEST, SETTINGS, joined
+    from bench.speed_solvers import logra
+
+    return logra(joined(_task(*SETTINGS), LONGEST), rounds)
+
+
+def _memory(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_ekfac import SETTINGS
+    from bench.speed_solvers import memory
+
+    return memory(_task(*SETTINGS))
+
+
+def _precision(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_ekfac import LONGEST, SETTINGS, joined
+    from bench.speed_solvers import precision
+
+    return precision(joined(_task(*SETTINGS), LONGEST), rounds)
+
+
 def _made(executor: "Executor", task: "Task", plan: "Plan") -> float:
     """Wall seconds of training a whole plan, without a store."""
     started = time.perf_counter()
@@ -253,6 +286,10 @@ PARTS: dict[str, Callable[[int, int], list[str]]] = {
     "processes": _processes,
     "ray": _ray,
     "ekfac": _ekfac,
+    "solvers": _solvers,
+    "logra": _logra,
+    "memory": _memory,
+    "precision": _precision,
 }
 
 

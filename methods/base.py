@@ -1,5 +1,6 @@
 """What a method is, and what it may see."""
 
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +25,27 @@ class Meter:
     trainings: int = 0
     gradients: int = 0
     seconds_of_trainings: float = 0.0
+    seconds_of_fits: float = 0.0  # of fits that an earlier run made
+
+
+@dataclass
+class Fits:
+    """The last fit of a sweep, for the next run on the same explained model: one fit serves every damping.
+
+    Whoever uses it is charged as if he had made it (peak memory aside).
+    """
+
+    owner: Hashable = None
+    key: Hashable = None
+    value: Any = None
+    gradients: int = 0
+    seconds: float = 0.0
+
+    def of(self, owner: Hashable) -> "Fits":
+        """These fits, empty if they belong to another explained model."""
+        if owner != self.owner:
+            self.owner, self.key, self.value = owner, None, None
+        return self
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Problem:
     explained: Callable[[int], Trajectory]
     device: str = "cpu"
     meter: Meter = field(default_factory=Meter)
+    fits: Fits = field(default_factory=Fits, repr=False)
     _once: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +98,25 @@ class Problem:
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
+
+    def fitted(self, key: Hashable, make: Callable[[], T], keep: Callable[[T], bool]) -> T:
+        """As `once`, and found again by the next run of a sweep where `keep` allows it."""
+
+        def made() -> T:
+            fits = self.fits
+            self.trajectory()  # has a charge of its own
+            if fits.key == key:
+                self.meter.gradients += fits.gradients
+                self.meter.seconds_of_fits += fits.seconds
+                return fits.value
+            started, before = time.perf_counter(), self.meter.gradients
+            value = make()
+            if keep(value):
+                fits.key, fits.value, fits.gradients = key, value, self.meter.gradients - before
+                fits.seconds = time.perf_counter() - started
+            return value
+
+        return self.once(key, made)
 
 
 class Method:

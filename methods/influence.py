@@ -58,8 +58,7 @@ class Influence(Method):
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         task = problem.task
         # Rows that only queries look up meet no training gradient; a query's norm alone needs them.
-        source = self._source(problem, [problem.train] if self.similarity == "dot" else [problem.train, queries])
-        fitted = self._fitted(problem, source)
+        source, fitted = self._fit(problem, [problem.train] if self.similarity == "dot" else [problem.train, queries])
         scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
         size = source.size * next(source.model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
@@ -82,8 +81,7 @@ class Influence(Method):
     def value(self, problem: Problem) -> Tensor:
         if self.similarity == "cosine":
             raise Unsupported("the cosine of a gradient with itself is 1")
-        task, source = problem.task, self._source(problem, [problem.train])
-        fitted = self._fitted(problem, source)
+        task, (source, fitted) = problem.task, self._fit(problem, [problem.train])
         values = torch.empty(len(problem.train), dtype=torch.float64)
         for index, found in source.gradients(problem.train, task.objective.loss):
             problem.meter.gradients += len(index)
@@ -96,30 +94,19 @@ class Influence(Method):
             values[index] = -sum_of_products(shared, g).double().cpu() / len(problem.train)
         return values
 
-    def _source(self, problem: Problem, data: Sequence[Examples]) -> Source:
-        """The blocks that these examples reach."""
+    def _fit(self, problem: Problem, data: Sequence[Examples]) -> tuple[Source, Fitted]:
+        """The curvature by the blocks that these examples reach, and where their gradients come from."""
 
-        def made() -> Source:
+        def made() -> tuple[Source, Fitted]:
             model = problem.model()
             if self.curvature.precision is not None:
                 model = model.to(self.curvature.precision)
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
             source = Source(problem.task, model, tuple(blocks))
             source = replace(source, squeeze=self.compression.fit(problem, source))
-            return replace(source, products=torch.bfloat16) if self.precision == "bf16" else source
+            if self.precision == "bf16":
+                source = replace(source, products=torch.bfloat16)
+            return source, self.curvature.fit(problem, source)
 
-        return problem.once(
-            (
-                "source",
-                self.modules,
-                self.compression,
-                self.precision,
-                self.curvature.precision,
-                *(e.ids for e in data),
-            ),
-            made,
-        )
-
-    def _fitted(self, problem: Problem, source: Source) -> Fitted:
-        # Blocks compare by identity: a fit belongs to the very blocks that it was made for.
-        return problem.once((self.curvature, source.blocks), lambda: self.curvature.fit(problem, source))
+        key = (self.curvature, self.compression, self.modules, self.precision, *(e.ids for e in data))
+        return problem.fitted(key, made, keep=lambda made: made[1].standalone)

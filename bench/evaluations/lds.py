@@ -19,7 +19,8 @@ class LDS:
     `weight` is what the losses of the examples outside the subset are multiplied with: 0 removes them, near 1 is a
     perturbation, and the sum goes over all examples by their weights. `lds_pearson` and `lds_kendall` (τ-b) are the
     same with another correlation. The ceiling is what a perfect method would reach against so noisy a truth; `fixed`
-    has no noise and no ceiling.
+    has no noise and no ceiling. `val` adds `lds_val`, the same of the validation split: hyper-parameters may be tuned
+    by it, queries are for the final word.
     """
 
     subsets: int
@@ -29,6 +30,7 @@ class LDS:
     seed: int
     weight: float = 0.0
     correlations: tuple[str, ...] = ("spearman",)
+    val: bool = False
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
@@ -48,15 +50,15 @@ class LDS:
         return planned(self.weights(task), self.repeats, self.regime, self.seed, seed, "truth.lds")
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
-        scores, nan = finite(case.attribution("query"))
-        measured = case.retrain("lds", self.plan(case.task, case.seed))["query"]
-        runs = measured.reshape(-1, self.subsets, measured.shape[1])  # (repeats, S, Q)
-        predicted = self.weights(case.task).numpy() @ scores.T
-        said = {k: v for k, v in asdict(self).items() if k != "correlations" and (k != "weight" or v)}
+        measured = case.retrain("lds", self.plan(case.task, case.seed))
+        weights = self.weights(case.task).numpy()
+        said = {k: v for k, v in asdict(self).items() if k not in ("correlations", "val") and (k != "weight" or v)}
         truth = truth_of(said, case.seed)
-        return {
-            "lds" if name == "spearman" else f"lds_{name}": correlated(
-                predicted, runs, name, truth, nan, noisy=self.regime != "fixed"
-            )
-            for name in self.correlations
-        }
+
+        def agreement(split: str, correlation: str) -> Metric:
+            scores, nan = finite(case.attribution(split))
+            runs = measured[split].reshape(-1, self.subsets, measured[split].shape[1])  # (repeats, S, Q)
+            return correlated(weights @ scores.T, runs, correlation, truth, nan, noisy=self.regime != "fixed")
+
+        found = {"lds" if c == "spearman" else f"lds_{c}": agreement("query", c) for c in self.correlations}
+        return found | ({"lds_val": agreement("val", "spearman")} if self.val else {})

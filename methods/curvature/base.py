@@ -1,7 +1,7 @@
 """The one interface of every inverse-curvature-vector product."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ class Fitted(Protocol):
 
     It works in coordinates of its own, an orthonormal basis U in which solving is cheap (U = I is allowed):
     gᵀ (H + δI)⁻¹ v = ⟨Uᵀg, precondition(Uᵀv)⟩ = ⟨g, back(precondition(Uᵀv))⟩. What is handed in stays as it is.
+    `standalone`: it needs its problem no more, and may serve the next run on the same explained model.
     """
+
+    @property
+    def standalone(self) -> bool: ...
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
         """Uᵀg of per-example gradients, a block each."""
@@ -37,6 +41,8 @@ class Fitted(Protocol):
 
 class InPlace:
     """Coordinates are the parameters' own, U = I, in which `precondition` is the solve itself."""
+
+    standalone: ClassVar[bool] = False
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
         return plain(found)

@@ -140,6 +140,7 @@ class FittedDense(InPlace):
     """The coupled parts, one after the other."""
 
     parts: tuple[Part, ...]
+    standalone: ClassVar[bool] = True
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         strengths = damping.strengths(

@@ -6,6 +6,7 @@ What differs between diagonal, K-FAC, EK-FAC and Shampoo is where U_S, U_A and Î
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Eigenbases:
     blocks: tuple[Block, ...]
     bases: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
+    standalone: ClassVar[bool] = True
 
     def coordinates(self, found: Sequence[Factors]) -> list[Gradient]:
         return [self.bases[f.block.name].of_factors(f).gradient() for f in found]

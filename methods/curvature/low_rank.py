@@ -6,6 +6,7 @@ complemented (1/δ) [v − U diag(μ/(μ + δ)) Uᵀ v]: outside of U the curvat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class LowRank(InPlace):
     values: Tensor
     trace: float
     complemented: bool
+    standalone: ClassVar[bool] = True
 
     def precondition(self, rotated: Sequence[Gradient], damping: Damping, l2: float) -> list[Gradient]:
         v = flat(rotated)
