@@ -1,5 +1,5 @@
-"""How much of the curvature has to be kept: solvers from the Hessian to the identity, each at its default damping and at
-the one that the validation split prefers, from records and from nothing else.
+"""How much of the curvature has to be kept: solvers from the Hessian down to the diagonal, each at the damping that the
+validation split prefers, from records and from nothing else.
 
 python -m bench.ladder [task=digits] [out=results]
 """
@@ -14,12 +14,11 @@ from bench import records
 from bench.records import Record
 from tasks.errors import UserError
 
-HELP = """Solvers at their default damping and at the one that the validation split prefers.
+HELP = """Solvers, each at the damping that the validation split prefers (lds_val), and the lds of the queries there.
 
     python -m bench.ladder [task=digits] [out=results]
 
-Reads the records of a sweep that has truth.lds.val=true (-m study=ladder), and of the same truth at the defaults where
-they are there. Writes <out>/tables/ladder-<task>.csv."""
+Reads the records of a sweep that has truth.lds.val=true (-m study=ladder). Writes <out>/tables/ladder-<task>.csv."""
 
 
 def rows(found: Sequence[Record]) -> list[dict[str, object]]:
@@ -76,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "python -m bench -m study=ladder"
             raise UserError("out", options["out"], "holds no records with lds_val", hint=hint)
         frame = pd.DataFrame(table)
-        folder = Path(options["out"]) / "tables"
-        with records.writable(folder):
-            records.write_bytes(folder / f"ladder-{options['task']}.csv", frame.to_csv(index=False).encode())
+        path = Path(options["out"]) / "tables" / f"ladder-{options['task']}.csv"
+        with records.writable(path.parent):
+            records.write_bytes(path, frame.to_csv(index=False).encode())
         print(frame.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-        print(f"written: {folder / f'ladder-{options["task"]}.csv'}", file=sys.stderr)
+        print(f"written: {path}", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

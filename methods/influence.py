@@ -8,12 +8,13 @@ from torch import Tensor
 
 from methods.base import Method, Problem, Unsupported
 from methods.compression.base import Compression
+from methods.compression.low_rank_queries import Truncated, truncated
 from methods.compression.none import Uncompressed
 from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import Gradient, inner, norms, plain, sum_of_products
+from methods.gradients.per_example import Gradient, norms, plain, sum_of_products
 from methods.gradients.source import Source
 from tasks.base import Examples
 from tasks.errors import UserError
@@ -30,6 +31,7 @@ class Influence(Method):
     γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
     S, gradients are Sg throughout and H is S H Sᵀ. `precision` bf16 rounds the factors of training gradients before
     they are rotated and multiplied out (queries, covariances and eigendecompositions stay as they are).
+    `query_rank` keeps so many singular values of each preconditioned query's blocks (see low_rank_queries).
     """
 
     curvature: Curvature
@@ -38,6 +40,7 @@ class Influence(Method):
     modules: tuple[str, ...] | None = None
     compression: Compression = Uncompressed()  # noqa: RUF009
     precision: str = "float32"
+    query_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.similarity not in ("dot", "cosine"):
@@ -46,6 +49,8 @@ class Influence(Method):
             raise UserError("method.similarity", "cosine", "goes with identity curvature only", hint="take dot")
         if self.precision not in ("float32", "bf16"):
             raise UserError("method.precision", self.precision, allowed="float32, bf16")
+        if self.query_rank is not None and self.query_rank < 1:
+            raise UserError("method.query_rank", self.query_rank, allowed="1 or more, or null for all")
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", (self.modules,))
         elif self.modules is not None:
@@ -66,11 +71,16 @@ class Influence(Method):
             measured = source.collected(queries.select(rows), task.objective.measure, fitted.coordinates)
             lengths = norms(measured).double().cpu()
             # Queries leave the coordinates once: training gradients, which are more, then need not enter them.
-            measured = source.rounded(fitted.back(fitted.precondition(measured, self.damping, task.recipe.l2)))
+            solved = fitted.back(fitted.precondition(measured, self.damping, task.recipe.l2))
+            asked: Sequence[Gradient | Truncated] = solved
+            if self.query_rank is not None:
+                asked = [truncated(g, self.query_rank) for g in solved]
+            if source.products is not None:
+                asked = [g.to(source.products) for g in asked]
             for index, found in source.gradients(problem.train, task.objective.loss):
                 problem.meter.gradients += len(index)
                 found = source.rounded(found)
-                product = -inner(measured, (f.gradient() for f in found)).double().cpu()
+                product = -torch.stack([g.times(f).double().cpu() for g, f in zip(asked, found, strict=True)]).sum(0)
                 if self.similarity == "cosine":
                     product /= lengths[:, None] * norms(plain(found)).double().cpu()
                 else:

@@ -77,6 +77,11 @@ class Gradient:
         """The same in another precision."""
         return replace(self, values=self.values.to(dtype))
 
+    def times(self, f: Factors) -> Tensor:
+        """⟨self_q, G_i⟩ with the gradients of a batch of factors, (Q, B)."""
+        right = f.gradient()
+        return right.of(self.dense()).flatten(1) @ right.values.flatten(1).T
+
     def dense(self) -> Tensor:
         """(B, out, in)."""
         if self.columns is None:

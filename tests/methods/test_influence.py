@@ -12,6 +12,7 @@ from cases import (
     bert,
     close,
     draw,
+    error,
     exact_scores,
     explained,
     far,
@@ -29,13 +30,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.base import Problem, Unsupported
+from methods.base import Fits, Problem, Unsupported
 from methods.curvature.base import Curvature
 from methods.curvature.damping import Damping
 from methods.curvature.dense import Dense
 from methods.curvature.ekfac import EKFAC
 from methods.curvature.identity import Identity
 from methods.gradients import per_example as per_example_module
+from methods.gradients.blocks import blocks_of, with_rows_in_use
+from methods.gradients.source import Source
 from methods.influence import Influence
 from tasks.base import Examples, Task
 from tasks.errors import UserError
@@ -396,3 +399,70 @@ def test_gradients_are_charged() -> None:
     influence("exact").value(problem)
     assert problem.meter.gradients == 5 + 12 + 2 * 12 + 12
     assert problem.meter.trainings == 1
+
+
+@pytest.mark.parametrize("case", ["three_classes", "bert", "shared"])
+def test_low_rank_queries_are_their_largest_singular_values(case: str) -> None:
+    task = CASES[case]()
+    queries = task.splits["query"]
+    exact = influence("exact")
+    full = exact.attribute(problem_of(task), queries)
+    assert close(replace(exact, query_rank=100).attribute(problem_of(task), queries), full)
+    errors = []
+    for rank in (1, 2):
+        found = replace(exact, query_rank=rank).attribute(problem_of(task), queries)
+        problem = problem_of(task)
+        model = problem.model().double()
+        source = Source(task, model, tuple(with_rows_in_use(task, model, blocks_of(model), [problem.train])))
+        solved = exact.curvature.fit(problem, source).solve(
+            source.collected(queries, task.objective.measure), exact.damping, GAMMA
+        )
+        expected = torch.zeros_like(full)
+        for index, factors in source.gradients(problem.train, task.objective.loss):
+            for g, f in zip(solved, factors, strict=True):
+                u, s, w = torch.linalg.svd(g.values, full_matrices=False)
+                cut = (u[..., :rank] * s[:, None, :rank]) @ w[:, :rank] if f.block.kind == "linear" else g.values
+                expected[:, index] -= torch.einsum("qoi,boi->qb", cut, f.gradient().dense()) / len(problem.train)
+        assert close(found, expected)
+        errors.append(error(found, full))
+    assert errors[0] > errors[1] > 1e-6 or case != "bert"
+
+
+@pytest.mark.parametrize("case", ["three_classes", "bert"])
+@pytest.mark.parametrize("name", CURVATURES)
+def test_bf16_is_near_float32_and_not_the_same(case: str, name: str) -> None:
+    task = CASES[case]()
+    queries = task.splits["query"]
+    full = influence(name).attribute(problem_of(task), queries)
+    rounded = replace(influence(name), precision="bf16").attribute(problem_of(task), queries)
+    assert 0 < error(rounded, full) < 0.05
+    together = torch.stack([rounded.flatten(), full.flatten()])
+    assert torch.corrcoef(together)[0, 1] > 0.999
+
+
+def test_one_fit_serves_the_runs_of_a_sweep_and_is_charged_to_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, fits, original = three_classes(), [], EKFAC.fit
+
+    def counting(self: EKFAC, *arguments: object) -> object:
+        fits.append(self)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EKFAC, "fit", counting)
+    queries, shared = task.splits["query"], Fits()
+    methods = [Influence(EKFAC("empirical"), Damping("absolute", value, "block")) for value in (0.1, 1.0)]
+    problems = [replace(problem_of(task), fits=shared.of("one model")) for _ in methods]
+    scores = [m.attribute(p, queries) for m, p in zip(methods, problems, strict=True)]
+    assert len(fits) == 1 and far(*scores)
+    assert torch.equal(scores[1], methods[1].attribute(problem_of(task), queries))
+    assert problems[0].meter.gradients == problems[1].meter.gradients > 0
+    assert problems[1].meter.trainings == 1 and problems[1].meter.seconds_of_fits > 0
+    other = replace(problem_of(task), fits=shared.of("another model"))
+    methods[0].attribute(other, queries)
+    assert len(fits) == 3 and other.meter.seconds_of_fits == 0
+
+
+def test_impossible_precision_and_rank_are_refused() -> None:
+    with pytest.raises(UserError, match=r"method\.precision=fp8.*float32, bf16"):
+        replace(influence("ekfac"), precision="fp8")
+    with pytest.raises(UserError, match=r"method\.query_rank=0.*1 or more"):
+        replace(influence("ekfac"), query_rank=0)

@@ -28,6 +28,7 @@ from cases import (
     stacked,
     vector_task,
 )
+from models import cnn, regression
 from torch import Tensor
 from torch.func import functional_call
 
@@ -53,8 +54,10 @@ from methods.gradients.per_example import flat
 from methods.gradients.source import Source
 from methods.influence import Influence
 from tasks.errors import UserError
+from tasks.objectives.regression import Regression
 
 SMALL = ["logistic", "without_bias", "three_classes", "bert", "shared"]
+EVERYWHERE = {**CASES, "cnn": cnn, "regression": regression}
 DELTA = 0.05
 DAMPING = Damping("absolute", DELTA - GAMMA, "global")
 
@@ -64,6 +67,9 @@ def scores(curvature: Curvature, problem: Problem, damping: Damping = DAMPING) -
 
 
 def oracle(problem: Problem, matrix: Tensor | None = None, delta: float = DELTA) -> Tensor:
+    if matrix is None and isinstance(problem.task.objective, Regression):  # ∂²ℓ/∂f² = 1
+        j = stacked(per_example(explained(problem), problem.train, lambda outputs, targets: outputs[:, 0]))
+        matrix = j.T @ j / len(j)
     return exact_scores(problem, problem.task.splits["query"], delta, matrix)
 
 
@@ -103,9 +109,9 @@ def within_modules(problem: Problem, matrix: Tensor) -> Tensor:
 # --- dense -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "cnn", "regression"])
 def test_the_hessian_is_the_hessian(name: str) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     exact = hessian(problem)
     delta = 0.1 + max(0.0, -torch.linalg.eigvalsh(exact)[0].item())
     damping = Damping("absolute", delta - GAMMA, "global")
@@ -117,9 +123,9 @@ def test_the_hessian_is_the_hessian(name: str) -> None:
 
 
 @pytest.mark.parametrize("matrix", ["fisher", "empirical"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "cnn", "regression"])
 def test_fishers_are_outer_products(name: str, matrix: str) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     expected = oracle(problem, outer(problem, matrix))
     assert close(scores(Dense(matrix, "global", 1.0), problem), expected, 1e-9)
     assert far(scores(Identity(), problem), expected)
@@ -129,7 +135,7 @@ def test_fishers_are_outer_products(name: str, matrix: str) -> None:
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "empirical"])
 @pytest.mark.parametrize("name", ["without_bias", "three_classes", "bert", "shared"])
 def test_block_scope_couples_modules_with_nothing(name: str, matrix: str) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     full = {"hessian": hessian, "ggn": lambda p: None, "empirical": lambda p: outer(p, "empirical")}[matrix](problem)
     if full is None:
         from cases import ggn
@@ -195,7 +201,7 @@ def written_out(problem: Problem, kind: str) -> Named:
 @pytest.mark.parametrize("name", [*SMALL, "single", "identical"])
 def test_factored_matrices_equal_the_formulas_written_out(name: str, kind: str) -> None:
     curvature = {"kfac": KFAC, "shampoo": Shampoo, "diagonal": Diagonal}[kind]("empirical")
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     matrices = written_out(problem, kind)
     expected = block_scores(problem, problem.task.splits["query"], matrices, dict.fromkeys(matrices, DELTA))
     found = scores(curvature, problem)
@@ -227,7 +233,7 @@ def test_kfac_misses_a_factor_of_the_length_on_sequences() -> None:
 
 @pytest.mark.parametrize("name", [*SMALL, "single", "identical"])
 def test_datainf_is_the_mean_of_rank_one_inverses(name: str) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     model, queries = explained(problem), problem.task.splits["query"]
     g = stacked(per_example(model, problem.train, problem.task.objective.loss))
     m = stacked(per_example(model, queries, problem.task.objective.measure))
@@ -261,9 +267,9 @@ ITERATIVE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-@pytest.mark.parametrize("name", ["logistic", "three_classes", "shared"])
+@pytest.mark.parametrize("name", ["logistic", "three_classes", "shared", "regression"])
 def test_iterations_end_at_the_exact_answer(name: str, solver: str) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     expected = oracle(problem)
     assert close(scores(ITERATIVE[solver], problem), expected, 1e-7)
     assert far(scores(Identity(), problem), expected)
@@ -343,7 +349,7 @@ def test_divergence_is_told_and_no_number_returned(solver: Curvature) -> None:
     "make", [lambda p: Arnoldi("ggn", p, p), lambda p: Eigenpairs("ggn", p, 1), lambda p: Nystrom("ggn", p)]
 )
 def test_full_rank_is_exact(name: str, make: Callable[[int], Curvature]) -> None:
-    problem = problem_of(CASES[name]())
+    problem = problem_of(EVERYWHERE[name]())
     size = sum(b.size for b in blocks_of(problem.model()))
     expected = oracle(problem)
     assert close(scores(make(size), problem), expected, 1e-5)
