@@ -1,4 +1,4 @@
-"""How fast the truth engine and influence functions are on this machine: ratios from one run, medians of several rounds.
+"""How fast the truth engine and influence functions are here: ratios from one run, medians of several rounds.
 
 python -m bench.speed [only=...] [rounds=3] [trainings=400]; --help says what the parts are
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tasks.training.engines import Executor
     from tasks.training.plan import Plan
 
-HELP = """How fast the truth engine and influence functions are on this machine: ratios from one run, medians of several rounds.
+HELP = """How fast the truth engine and influence functions are here: ratios from one run, medians of several rounds.
 
     python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,solvers,logra,memory,precision]
                           [rounds=3] [trainings=400]
@@ -33,7 +33,7 @@ ekfac          EK-FAC scores of 1,000 texts x 100 queries on bert_tiny: ours aga
 solvers        conjugate gradients and LiSSA on digits/mlp: 100 queries at once against one by one, with the columns of
                the curvature's root kept in memory and with columns made anew in every product
 logra          EK-FAC scores as in `ekfac`, of full gradients against LoGra's 32 x 32 numbers a layer
-memory         what scoring adds to this process at its peak, for 1,000, 4,000 and 16,000 texts
+memory         what scoring adds to this process at its peak, for 1,000, 4,000 and 16,000 training examples
 precision      EK-FAC scores as in `ekfac`, with factors and products in float32 against bfloat16
 trainings      of the vectorised measurement; 5000 is the size of a published study"""
 
@@ -236,9 +236,9 @@ def _logra(rounds: int, trainings: int) -> list[str]:
 
 def _memory(rounds: int, trainings: int) -> list[str]:
     from bench.speed_ekfac import SETTINGS
-    from bench.speed_solvers import memory
+    from bench.speed_solvers import DIGITS, memory
 
-    return memory(_task(*SETTINGS))
+    return [*memory(_task(*DIGITS)), *memory(_task(*SETTINGS))]
 
 
 def _precision(rounds: int, trainings: int) -> list[str]:

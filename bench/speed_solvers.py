@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from bench.speed_ekfac import DAMPING, Took, _correlation, _seconds, problem_of
 from methods.base import Problem
 from methods.compression.logra import LoGra
 from methods.curvature import products
+from methods.curvature.base import Curvature
 from methods.curvature.cg import ConjugateGradients
 from methods.curvature.damping import Damping
 from methods.curvature.eigenbasis import Eigenbases
@@ -68,7 +70,7 @@ def solvers(task: Task, rounds: int, depth: int = 200, apart: Sequence[int] = (1
     queries = source.collected(task.splits["query"], task.objective.measure)
     count, damping = len(queries[0].values), Damping("absolute", STRENGTH, "global")
     scale = 1.1 * Operator(problem, source, "ggn").largest(STRENGTH + l2, batch_size=BATCH)  # keeps the columns
-    curvatures = {
+    curvatures: dict[str, Curvature] = {
         f"conjugate gradients to {TOLERANCE:.0e}": ConjugateGradients("ggn", TOLERANCE, 1000),
         f"LiSSA, {depth} steps of {BATCH}": LiSSA("ggn", depth, BATCH, 1, scale),
     }
@@ -84,13 +86,17 @@ def solvers(task: Task, rounds: int, depth: int = 200, apart: Sequence[int] = (1
             def solved(rows: Tensor, fitted=fitted) -> Tensor:  # type: ignore[no-untyped-def]
                 return flat(fitted.solve([Gradient(g.block, g.values[rows]) for g in queries], damping, l2))
 
+            def one_by_one(rows: Tensor = chosen, solved=solved) -> Tensor:  # type: ignore[no-untyped-def]
+                return torch.cat([solved(row) for row in rows.split(1)])
+
             whole, single, ratios = [], [], []
             with kept_up_to(size), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # LiSSA says how far it is
+                solved(chosen[:1])  # warms up
                 for _ in range(rounds):
-                    seconds, together = _timed(lambda: solved(torch.arange(count)))
+                    seconds, together = _timed(partial(solved, torch.arange(count)))
                     whole.append(seconds)
-                    seconds, alone = _timed(lambda: torch.cat([solved(row) for row in chosen.split(1)]))
+                    seconds, alone = _timed(one_by_one)
                     single.append(seconds / few)
                     ratios.append(count * single[-1] / whole[-1])
             apart_by = ((alone - together[chosen]).norm(dim=1) / together[chosen].norm(dim=1)).max().item()
@@ -146,8 +152,8 @@ def compared(task: Task, rounds: int, sides: Mapping[str, Influence]) -> list[st
 def run(task: Task, method: Influence) -> tuple[Took, Tensor]:
     """Scores once with the fit and once without: what the second spares is the fit, and all that is made for it."""
     problem = problem_of(task)
-    both, scores = _timed(lambda: method.attribute(problem, task.splits["query"]))
-    score, _ = _timed(lambda: method.attribute(problem, task.splits["query"]))
+    both, scores = _timed(partial(method.attribute, problem, task.splits["query"]))
+    score, _ = _timed(partial(method.attribute, problem, task.splits["query"]))
     return Took(both - score, score), scores
 
 
@@ -173,27 +179,30 @@ def memory(task: Task, sizes: Sequence[int] = SIZES) -> list[str]:
     parameters = sum(b.size for b in curvature.made[0].blocks)
     numbers = 4 * len(queries) * parameters / MIB
     lines = [
-        f"{len(queries)} queries, model={task.model} as initialised, {parameters:,} parameters in use, EK-FAC fitted on "
-        f"the first {sizes[0]:,} examples beforehand, rows repeated; the queries' gradients are {numbers:.0f} MiB"
+        f"{len(queries)} queries, model={task.model} as initialised, {parameters:,} parameters in use, EK-FAC "
+        f"fitted on the first {sizes[0]:,} examples beforehand, rows repeated; the queries' gradients are "
+        f"{numbers:.0f} MiB"
     ]
     added: list[float] = []
     for n in sizes:
         problem, peak = problem_of(_with(task, repeated(task.train, n))), Peak()
         _give_back()
         with peak.measured():
-            seconds, scores = _timed(lambda problem=problem: method.attribute(problem, queries))  # type: ignore[misc]
+            seconds, scores = _timed(partial(method.attribute, problem, queries))
         if peak.bytes is None:
             return [*lines, "this system does not tell the peak memory of a process"]
         added.append(peak.bytes / MIB)
         lines.append(
-            f"{n:,} training examples: scoring adds {added[-1]:.0f} MiB at its peak, of which the scores are "
-            f"{scores.nbytes / MIB:.1f} MiB; their gradients would be {4 * n * parameters / MIB:,.0f} MiB ({seconds:.1f} s)"
+            f"{n:,} training examples: scoring adds {added[-1]:.1f} MiB at its peak, of which the scores are "
+            f"{scores.nbytes / MIB:.1f} MiB; all gradients would be {4 * n * parameters / MIB:,.0f} MiB "
+            f"({seconds:.1f} s)"
         )
         del problem, scores
-    extra = 8 * len(queries) * (sizes[-1] - sizes[0]) / MIB
+    more = sizes[-1] - sizes[0]
     return [
         *lines,
-        f"from {sizes[0]:,} to {sizes[-1]:,} the peak grows by {added[-1] - added[0]:.1f} MiB, the scores by {extra:.1f}",
+        f"from {sizes[0]:,} to {sizes[-1]:,} the peak changes by {added[-1] - added[0]:+.1f} MiB, the scores by "
+        f"{8 * len(queries) * more / MIB:+.1f}, all gradients would by {4 * more * parameters / MIB:+,.0f}",
     ]
 
 

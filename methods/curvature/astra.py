@@ -70,9 +70,9 @@ class FittedASTRA(InPlace):
                 mean += x / late
         solution = x if self.operator.whole(settings.batch_size) else mean
         residuals = relative(vectors - self.operator.times(solution) - shift * solution, vectors)
-        if not residuals.max() <= 1:
+        if not residuals.mean() <= 1:
             raise ArithmeticError(
-                f"ASTRA diverged: a residual of {residuals.max().item():.2g} times the right-hand side; "
+                f"ASTRA diverged: a residual of {residuals.mean().item():.2g} times the right-hand side; "
                 f"lower method.curvature.step={settings.step} or take more damping"
             )
         say_how_far(residuals, "ASTRA", f"iterations={settings.iterations}")

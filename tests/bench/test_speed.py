@@ -1,12 +1,14 @@
-"""The speed program: what it says of itself, and its part on EK-FAC on a tiny task."""
+"""The speed program: what it says of itself, and its parts on influence functions on tiny tasks."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import speed, speed_ekfac
+from bench import speed, speed_ekfac, speed_solvers
 from bench.speed_ekfac import Took, joined, ours, report, theirs
+from methods.curvature import products
 from tasks.base import Task
 
 
@@ -69,3 +71,49 @@ def test_both_sides_give_the_same_scores(task: Task) -> None:
         assert speed_ekfac._correlation(found, expected) > 0.9999
         assert speed_ekfac._correlation(found.flip(1), expected) < 0.9
     assert "2.00x [2.00, 2.00]" in speed_ekfac._ratio("a", [Took(3.0, 1.0)], [Took(1.0, 1.0)])
+
+
+def test_queries_are_solved_for_together_and_one_by_one() -> None:
+    tiny = speed._task("task=digits", "task.n_train=60", "task.n_query=5", "model.hidden=[4]")
+    before, lines = products.KEPT, speed_solvers.solvers(tiny, 2, depth=5, apart=(3, 2))
+    assert before == products.KEPT
+    assert len(lines) == 5 and "5 queries, 60 training examples" in lines[0]
+    assert [line.split(",")[0] for line in lines[1:]] == 2 * ["conjugate gradients to 1e-03", "LiSSA"]
+    assert ["kept in memory" in line for line in lines[1:]] == [True, True, False, False]
+    assert all(float(line.split("differ by ")[1].split()[0]) < 2e-3 for line in lines[1:])
+
+
+def test_how_much_is_kept_is_restored_after_a_failure() -> None:
+    before = products.KEPT
+    with pytest.raises(ZeroDivisionError), speed_solvers.kept_up_to(0):
+        assert products.KEPT == 0
+        raise ZeroDivisionError
+    assert before == products.KEPT
+
+
+def test_compressed_and_rounded_scores_stand_beside_full_ones(task: Task) -> None:
+    for lines, other, least in (
+        (speed_solvers.logra(task, 1, rank=16), "LoGra, 16 x 16 a layer: fit ", 0.3),
+        (speed_solvers.precision(task, 1), "bf16: fit ", 0.99),
+    ):
+        assert lines[0].startswith("30 texts of ") and lines[2].startswith(other) and " both " in lines[3]
+        assert lines[4].startswith("correlation") and least < float(lines[4].split()[-1]) < 1
+
+
+def test_repeated_rows_have_ids_of_their_own(task: Task) -> None:
+    more = speed_solvers.repeated(task.train, 70)
+    assert len(set(more.ids)) == len(more) == 70
+    assert torch.equal(more.inputs["input_ids"][60:], task.train.inputs["input_ids"][:10])
+
+
+def test_memory_is_told_beside_the_scores(task: Task) -> None:
+    curvature, method = speed_solvers.FirstFit(), speed_solvers._ekfac()
+    more = speed_solvers._with(task, speed_solvers.repeated(task.train, 70))
+    for each in (task, more):
+        scores = replace(method, curvature=curvature).attribute(speed_ekfac.problem_of(each), task.splits["query"])
+    assert len(curvature.made) == 1
+    expected = method.attribute(speed_ekfac.problem_of(task), task.splits["query"]).repeat(1, 3)[:, :70] * 30 / 70
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-6 * expected.abs().max().item())
+    lines = speed_solvers.memory(task, (30, 120))
+    if len(lines) == 4:  # else the system does not tell
+        assert lines[1].startswith("30 training examples: scoring adds ") and "all gradients would be" in lines[2]
