@@ -20,7 +20,7 @@ from tasks.base import Batch, Examples, Task
 
 BATCH = 128  # examples at once at the most
 FEWEST = 8
-BYTES = 2**25 - 2**16  # of a block's gradients in float32: glibc maps larger ones anew, page by page, every time
+BYTES = 2**27  # of their gradients in float32
 SAME = 1e-3  # of its largest number: what a module's output may change by when it is run again, even in half precision
 
 
@@ -245,8 +245,8 @@ Scalar = Callable[[Tensor, Tensor], Tensor]
 
 
 def together(blocks: Sequence[Block]) -> int:
-    """Examples in a batch: enough for matrix products to pay, few enough for a block's gradients to fit in `BYTES`."""
-    return max(FEWEST, min(BATCH, BYTES // (4 * max(b.size for b in blocks))))
+    """Examples in a batch: enough for matrix products to pay, few enough for their gradients to fit in `BYTES`."""
+    return max(FEWEST, min(BATCH, BYTES // (4 * sum(b.size for b in blocks))))
 
 
 def gradients(
