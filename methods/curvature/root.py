@@ -50,7 +50,11 @@ def rank(problem: Problem, source: Source, matrix: str) -> int:
     """Columns of one example."""
     if matrix != "ggn":
         return 1
-    parameter = next(source.model.parameters())
-    one = problem.train.batch([0]).to(parameter.device, parameter.dtype)
-    with torch.no_grad():
-        return problem.task.objective.hessian_root(problem.task.outputs(source.model, one)).shape[-1]
+
+    def asked() -> int:
+        parameter = next(source.model.parameters())
+        one = problem.train.batch([0]).to(parameter.device, parameter.dtype)
+        with torch.no_grad():
+            return problem.task.objective.hessian_root(problem.task.outputs(source.model, one)).shape[-1]
+
+    return problem.once(("rank", source.covered), asked)
