@@ -43,7 +43,7 @@ $(VENV)/.dev: $(VENV)/.installed
 peers: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
 		kronfluence curvlinops-for-pytorch traker backpack-for-pytorch unfoldnd
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv linear_operator
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv linear_operator opt_einsum
 
 clean:
 	rm -rf results/runs results/cache results/tables results/sweeps
