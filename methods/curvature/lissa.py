@@ -2,7 +2,7 @@
 
     x ← x + (v − (H_B + δI) x) / σ,      `depth` steps, mean over `repeats` runs; H_B the curvature of a random batch
 σ is `scale`, or 1.1 times the largest eigenvalue of H_B + δI by power iteration on batches. The damping is added, never
-subtracted, inside the recursion. Where the mean residual over all data exceeds 1, it diverged.
+subtracted, inside the recursion. A vector whose residual over all data exceeds 1 diverged.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from methods.base import Problem
 from methods.curvature.base import InPlace, unflat
 from methods.curvature.damping import Damping
-from methods.curvature.neumann import MARGIN, say_how_far, still_converging
+from methods.curvature.neumann import MARGIN, require_solved, say_how_far, still_converging
 from methods.curvature.operator import Operator, relative
 from methods.curvature.products import MATRICES
 from methods.curvature.root import require_matrix
@@ -66,10 +66,6 @@ class FittedLiSSA(InPlace):
                 still_converging(x, vectors, shift, f"method.curvature.scale={scale:.3g} or the batch size")
             total += x / settings.repeats
         residuals = relative(vectors - self.operator.times(total) - shift * total, vectors)
-        if not residuals.mean() <= 1:
-            raise ArithmeticError(
-                f"LiSSA diverged: a residual of {residuals.mean().item():.2g} times the right-hand side; "
-                f"raise method.curvature.scale={scale:.3g}, depth or batch_size"
-            )
+        require_solved(residuals, "LiSSA", f"raise method.curvature.scale={scale:.3g}, depth or batch_size")
         say_how_far(residuals, "LiSSA", f"depth={settings.depth}")
         return unflat(self.operator.source.blocks, total)

@@ -81,6 +81,13 @@ def still_converging(x: Tensor, vectors: Tensor, shift: float, what: str) -> Non
         raise ArithmeticError(f"diverged: an iterate is {worst:.1e} times what its solution can be; raise {what}")
 
 
+def require_solved(residuals: Tensor, name: str, hint: str) -> None:
+    """A residual above the right-hand side is worse than the answer 0: it is never returned."""
+    worst = residuals.max().item()
+    if not worst <= 1:
+        raise ArithmeticError(f"{name} diverged: a residual of {worst:.2g} times the right-hand side; {hint}")
+
+
 def say_how_far(residuals: Tensor, name: str, key: str) -> None:
     """A warning where the answer is off by more than a tenth."""
     if residuals.mean() <= FAR:
