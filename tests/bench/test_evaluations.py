@@ -36,6 +36,7 @@ from tasks.training.train import train
 N, VAL, QUERY = 40, 6, 8
 RNG = np.random.default_rng(0)
 EFFECT = RNG.normal(size=(QUERY, N))  # [q, i]: measurement of q with i minus without i
+VAL_EFFECT = np.random.default_rng(2).normal(size=(VAL, N))
 EFFECTS = {N: EFFECT, 100: 0.1 * np.random.default_rng(1).normal(size=(QUERY, 100))}  # by the size of the training set
 FLIPPED = frozenset(f"train:{i}" for i in (3, 11, 20, 29, 33, 38))
 POSITIVE = np.array([f"train:{i}" in FLIPPED for i in range(N)])
@@ -67,12 +68,16 @@ def no_value() -> Array:
     raise Unsupported("no value")
 
 
-def case(scores: Array | None = None, value: Callable[[], Array] = no_value, **changes: Any) -> Case:
-    """A method that answers `scores` for every split."""
+def case(
+    scores: Array | None = None, value: Callable[[], Array] = no_value, val: Array | None = None, **changes: Any
+) -> Case:
+    """A method that answers `scores` for every split, `val` for that one where it is given."""
 
     def attribution(split: str) -> Array:
         if scores is None:
             raise NotApplicable("no attribution")
+        if split == "val" and val is not None:
+            return val
         assert scores.shape[1] == len(settings["task"].train)
         assert len(scores) == len(TASK.splits[split]), f"asked for the wrong split: {split}"
         return scores
@@ -91,7 +96,7 @@ def case(scores: Array | None = None, value: Callable[[], Array] = no_value, **c
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Retraining adds up the effects of the weights; `noise` is of the seed and the row. Plans are kept."""
-    state: dict[str, Any] = {"noise": 0.0, "plans": [], "told": []}
+    state: dict[str, Any] = {"noise": 0.0, "plans": [], "told": [], "val": False}
 
     def planted(
         task: Task,
@@ -107,7 +112,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         for m, key in enumerate(plan.keys()):
             rng = np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16))
             rows[m] += state["noise"] * rng.normal(size=QUERY)
-        return {"query": rows, "val": np.full((len(plan), VAL), np.nan)}
+        val = plan.weights.numpy() @ VAL_EFFECT.T if state["val"] else np.full((len(plan), VAL), np.nan)
+        return {"query": rows, "val": val}
 
     monkeypatch.setattr(base, "retrain", planted)
     return state
@@ -184,6 +190,15 @@ def test_lds_by_three_correlations_of_scipy(world: dict[str, Any]) -> None:
         assert metric.ceiling is not None and metric.value < metric.ceiling < 1
     assert found["lds_kendall"].ceiling < found["lds"].ceiling  # type: ignore[operator]
     assert set(lds(correlations=["pearson"]).evaluate(case(scores))) == {"lds_pearson"}
+
+
+def test_lds_val_is_of_the_validation_split(world: dict[str, Any]) -> None:
+    world["val"] = True
+    found = lds(val=True).evaluate(case(-EFFECT, val=VAL_EFFECT))
+    assert list(found) == ["lds", "lds_val"]
+    assert (found["lds"].value, found["lds_val"].value) == (pytest.approx(-1.0), pytest.approx(1.0))
+    assert (found["lds"].n, found["lds_val"].n) == (QUERY, VAL)
+    assert found["lds"].truth == lds().evaluate(case(-EFFECT))["lds"].truth, "asking for it changes no truth"
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.98])
