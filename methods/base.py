@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tasks.base import Examples, Task, Trajectory, generator
+from tasks.base import Checkpoint, Examples, Task, Trajectory, generator
 from tasks.training.train import load
 
 T = TypeVar("T")
@@ -20,12 +20,21 @@ class Unsupported(Exception):
 
 @dataclass
 class Meter:
-    """What a method has used so far."""
+    """What a method has used so far. A training is charged once, whatever part of it is looked at."""
 
-    trainings: int = 0
     gradients: int = 0
+    trained: set[int] = field(default_factory=set)  # seeds of the trainings
     seconds_of_trainings: float = 0.0
     seconds_of_fits: float = 0.0  # of fits that an earlier run made
+
+    @property
+    def trainings(self) -> int:
+        return len(self.trained)
+
+    def charge(self, training: Trajectory) -> None:
+        if training.seed not in self.trained:
+            self.trained.add(training.seed)
+            self.seconds_of_trainings += training.seconds
 
 
 @dataclass
@@ -53,7 +62,8 @@ class Problem:
     """What a method sees: the public side of a task, the explained models, a generator, a meter.
 
     `trajectory(k)` is the k-th explained training; 0 is the run that is explained, others have independent seeds and
-    are charged to whoever asks.
+    are charged to whoever asks. `where` names what is explained where that is not the run itself: all random draws
+    depend on it.
     """
 
     task: Task
@@ -62,6 +72,7 @@ class Problem:
     device: str = "cpu"
     meter: Meter = field(default_factory=Meter)
     fits: Fits = field(default_factory=Fits, repr=False)
+    where: tuple[object, ...] = ()
     _once: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,13 +86,20 @@ class Problem:
     def trajectory(self, k: int = 0) -> Trajectory:
         """The k-th explained training."""
 
-        def charge() -> Trajectory:
-            found = self.explained(k)
-            self.meter.trainings += 1
-            self.meter.seconds_of_trainings += found.seconds
-            return found
+        found = self.once(("trajectory", k), lambda: self.explained(k))
+        self.meter.charge(found)
+        return found
 
-        return self.once(("trajectory", k), charge)
+    def member(self, k: int) -> "Problem":
+        """The same question about the k-th explained training; 0 is this one."""
+        return self if k == 0 else self._of(lambda j: self.trajectory(k + j), "member", k)
+
+    def at(self, change: Callable[[Trajectory], Trajectory], *name: object) -> "Problem":
+        """The same question about an earlier state of the explained trainings: see `started` and `until`."""
+        return self._of(lambda k: change(self.trajectory(k)), *name)
+
+    def _of(self, explained: Callable[[int], Trajectory], *name: object) -> "Problem":
+        return replace(self, explained=explained, where=(*self.where, *name), fits=Fits(), _once={})
 
     def model(self, parameters: dict[str, Tensor] | None = None) -> nn.Module:
         """The explained model, or the one with these parameters, in eval mode, its parameters frozen."""
@@ -90,8 +108,8 @@ class Problem:
         return model.requires_grad_(False)
 
     def generator(self, *name: object) -> torch.Generator:
-        """Seeded by the run's seed and the name of what is drawn."""
-        return generator("method", self.seed, *name)
+        """Seeded by the run's seed, what is explained, and the name of what is drawn."""
+        return generator("method", self.seed, *self.where, *name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Makes a thing once for this problem: a fitted curvature serves all queries and all dampings."""
@@ -117,6 +135,16 @@ class Problem:
             return value
 
         return self.once(key, made)
+
+
+def started(training: Trajectory) -> Trajectory:
+    """As if it had ended where it began: the base model."""
+    return replace(training, checkpoints=(Checkpoint(0, training.initial, 0.0),))
+
+
+def until(c: int) -> Callable[[Trajectory], Trajectory]:
+    """As if it had ended at its c-th checkpoint (from 0)."""
+    return lambda training: replace(training, checkpoints=training.checkpoints[: c + 1])
 
 
 class Method:

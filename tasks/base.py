@@ -179,6 +179,12 @@ class Objective(Protocol):
     def loss_of_measurement(self, m: Tensor) -> Tensor:
         """ℓ(m), elementwise: the loss of an example whose measurement is m."""
 
+    def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """f, (B,): the number that the loss is a function of, as a regression sees it (the margin; the prediction)."""
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """−∂ℓ/∂f, (B,): what is left to explain (1 − p; y − f)."""
+
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S (B, O, R) with S Sᵀ = ∂²loss/∂outputs² of each example."""
 
@@ -258,11 +264,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Parameters after `step` steps; `path` is the sum of the learning rates since the checkpoint before."""
+    """Parameters after `step` steps; `path` is the sum of the learning rates since the checkpoint before. `moments`: of
+    Adam, its running means of gradients and of their squares, by parameter."""
 
     step: int
     parameters: dict[str, Tensor]
     path: float
+    moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ class Classification:
     def loss_of_measurement(self, m: Tensor) -> Tensor:
         return -logsigmoid(m)  # F.softplus is linear beyond 20
 
+    def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.measure(outputs, targets)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.sigmoid(-self.measure(outputs, targets))  # 1 − p
+
     def hessian_root(self, outputs: Tensor) -> Tensor:
         p = outputs.double().softmax(-1)
         values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[..., :, None] * p[..., None, :])

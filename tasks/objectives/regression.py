@@ -26,6 +26,12 @@ class Regression:
     def loss_of_measurement(self, m: Tensor) -> Tensor:
         return -m
 
+    def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs[..., 0]
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets - outputs[..., 0]
+
     def hessian_root(self, outputs: Tensor) -> Tensor:
         return torch.ones_like(outputs)[..., None]
 

@@ -16,7 +16,8 @@ from tasks.errors import UserError
 from tasks.training.plan import explained_seed
 from tasks.training.train import train
 
-VERSION = 1
+VERSION = 2
+MOMENTS = ("mean", "square")  # of gradients, where the optimizer is Adam
 
 
 def explained(task: Task, seed: int, k: int, root: Path) -> Trajectory:
@@ -44,6 +45,8 @@ def _write(path: Path, trajectory: Trajectory) -> None:
     tensors = {f"initial/{name}": value for name, value in trajectory.initial.items()}
     for c, checkpoint in enumerate(trajectory.checkpoints):
         tensors |= {f"{c}/{name}": value.contiguous() for name, value in checkpoint.parameters.items()}
+        for kind, moments in zip(MOMENTS, checkpoint.moments or (), strict=False):
+            tensors |= {f"{kind}{c}/{name}": value.contiguous() for name, value in moments.items()}
     facts = {
         "seed": trajectory.seed,
         "seconds": trajectory.seconds,
@@ -80,10 +83,14 @@ def _read(path: Path, seed: int) -> Trajectory | None:
     def part(prefix: str) -> dict:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    def checkpoint(i: int, said: dict) -> Checkpoint:
+        first, second = (part(f"{kind}{i}/") for kind in MOMENTS)
+        return Checkpoint(said["step"], part(f"{i}/"), said["path"], (first, second) if second else None)
+
     return Trajectory(
         seed=seed,
         initial=part("initial/"),
-        checkpoints=tuple(Checkpoint(c["step"], part(f"{i}/"), c["path"]) for i, c in enumerate(facts["checkpoints"])),
+        checkpoints=tuple(checkpoint(i, said) for i, said in enumerate(facts["checkpoints"])),
         seconds=facts["seconds"],
         final_loss=facts["final_loss"],
     )

@@ -61,7 +61,7 @@ def train(
             update.step()
             path += rate
             if t in keeping:
-                checkpoints.append(Checkpoint(t, state(model), path))
+                checkpoints.append(Checkpoint(t, state(model), path, _moments(model, update)))
                 path = 0.0
             if progress is not None:
                 progress(t, len(steps))
@@ -71,6 +71,15 @@ def train(
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the trainable parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _moments(model: nn.Module, update: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """Adam's running means of gradients and of their squares; None for optimizers that have none."""
+    named = {name: update.state[p] for name, p in model.named_parameters() if p.requires_grad}
+    if not all("exp_avg_sq" in s for s in named.values()):
+        return None
+    first, second = ({name: s[key].clone() for name, s in named.items()} for key in ("exp_avg", "exp_avg_sq"))
+    return first, second
 
 
 def load(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:

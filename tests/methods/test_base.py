@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import close, far, parameters, problem_of, three_classes
 
-from methods.base import Method, Problem, Unsupported, require_eval
+from methods.base import Method, Problem, Unsupported, require_eval, started, until
 from methods.baselines import Loss, Random
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import gradients, plain
@@ -59,6 +59,29 @@ def test_trajectories_are_charged_once_each() -> None:
     assert (problem.meter.trainings, problem.meter.seconds_of_trainings) == (2, 4.0)
     name = "layers.0.weight"
     assert far(second.final[name], problem.trajectory().final[name])
+
+
+def test_members_and_earlier_states_are_problems_of_their_own() -> None:
+    task = three_classes()
+    problem = Problem(task, 0, lambda k: replace(train(task, k), seconds=2.0))
+    second, base = problem.member(1), problem.at(started, "base")
+    assert problem.member(0) is problem
+    assert torch.equal(second.trajectory().final["layers.0.weight"], problem.trajectory(1).final["layers.0.weight"])
+    assert torch.equal(base.trajectory().final["layers.0.weight"], problem.trajectory().initial["layers.0.weight"])
+    assert len(problem.trajectory().checkpoints) > 2
+    first = problem.at(until(0), "checkpoint", 0)
+    assert len(first.trajectory().checkpoints) == 1
+    start = problem.trajectory().checkpoints[0].parameters["layers.0.weight"]
+    assert torch.equal(dict(first.model().named_parameters())["layers.0.weight"], start)
+    # The base of the second member, whichever way it is asked for.
+    for both in (second.at(started, "base"), base.member(1)):
+        assert torch.equal(both.trajectory().final["layers.0.weight"], problem.trajectory(1).initial["layers.0.weight"])
+    assert (problem.meter.trainings, problem.meter.seconds_of_trainings) == (2, 4.0), "each training is charged once"
+    assert second.meter is base.meter is problem.meter
+    assert second.fits is not problem.fits
+    draws = [p.generator("labels").initial_seed() for p in (problem, second, problem.member(2), base, first)]
+    assert len(set(draws)) == 5, "what is drawn for one of them is not drawn for another"
+    assert draws[1] == problem.member(1).generator("labels").initial_seed()
 
 
 def test_problems_do_not_share_what_they_keep() -> None:

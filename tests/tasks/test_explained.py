@@ -35,9 +35,20 @@ def assert_equal(found: Trajectory, wanted: Trajectory) -> None:
     assert [(c.step, c.path) for c in found.checkpoints] == [(c.step, c.path) for c in wanted.checkpoints]
     for a, b in zip(found.checkpoints, wanted.checkpoints, strict=True):
         assert_same(a.parameters, b.parameters)
+        assert (a.moments is None) == (b.moments is None)
+        for mine, other in zip(a.moments or (), b.moments or (), strict=True):
+            assert_same(mine, other)
 
 
-@pytest.mark.parametrize("changes", [{"checkpoints": 3, "momentum": 0.9}, {"checkpoints": 12}, CONVEX])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoints": 3, "momentum": 0.9},
+        {"checkpoints": 12},
+        {"checkpoints": 2, "optimizer": "adamw", "lr": 0.01},
+        CONVEX,
+    ],
+)
 def test_the_second_call_reads_what_the_first_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:

@@ -241,3 +241,16 @@ def test_training_leaves_what_it_was_given_as_it_was() -> None:
     train(task, 1, weights)
     train_stack(task, weights[None], [1], False)
     assert task.fingerprint() == before and torch.equal(weights, torch.ones(24))
+
+
+def test_adams_moments_are_kept_with_its_checkpoints() -> None:
+    task = vector_task(optimizer="adamw", lr=0.01, checkpoints=2, epochs=1, batch_size=24)
+    only = train(task, 3).checkpoints[-1]
+    assert only.moments is not None and only.step == 1
+    model = task.initial(3)
+    task.loss(model, task.train.batch()).mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(only.moments[0][name], 0.1 * p.grad)
+        torch.testing.assert_close(only.moments[1][name], 0.001 * p.grad.square())
+    assert train(vector_task(), 3).checkpoints[-1].moments is None
