@@ -63,6 +63,7 @@ def run(config: DictConfig) -> Outcome:
     identity = {
         "config": configuration.run_key(config),
         "code": source_of(method),
+        **({"inputs": method.inputs()} if method.inputs() else {}),
         "data": task.fingerprint(),
         "task": task.key(),
         "versions": [VERSION, TRAINING_VERSION],

@@ -151,10 +151,12 @@ class Method:
     """A method offers `attribute`, `value`, or both; it is a frozen dataclass of its settings.
 
     `calibrated`: scores are in units of the measurement; otherwise only their order counts.
+    `signed`: positive scores mean that an example helped; `random` promises nothing.
     `needs`: of "texts", "labels", "checkpoints", what the task must have.
     """
 
     calibrated: bool = False
+    signed: bool = True
     needs: frozenset[str] = frozenset()
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
@@ -174,6 +176,10 @@ class Method:
         if "checkpoints" in self.needs and task.recipe.optimizer == "lbfgs":
             return f"needs checkpoints, which model={task.model} (solved to its optimum) does not keep"
         return None
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the files that the settings name: another content is another run."""
+        return {}
 
     def offers(self, name: str) -> bool:
         """Whether `attribute` or `value` is this method's own."""

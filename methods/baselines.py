@@ -15,6 +15,8 @@ from tasks.base import Examples
 class Random(Method):
     """Standard normal scores and values, seeded by the run."""
 
+    signed = False
+
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         # One draw an id: a query's scores do not depend on which others are asked.
         rows = [

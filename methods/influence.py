@@ -14,20 +14,25 @@ from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of, with_rows_in_use
-from methods.gradients.per_example import Gradient, norms, plain, sum_of_products
+from methods.gradients.per_example import Factors, Gradient, norms, sum_of_products
 from methods.gradients.source import Source
 from tasks.base import Examples
 from tasks.errors import UserError
 
+SIMILARITIES = ("dot", "cosine", "relatif", "theta_relatif")
 GRADIENT_BYTES = 2**30  # query gradients that are held at once
 
 
 @dataclass(frozen=True)
 class Influence(Method):
-    """dot     score(q, i) = −(1/N) ∇m(q)ᵀ (H + γI + λI)⁻¹ ∇ℓ(i)        (Koh & Liang 2017, eq. 2, for a measurement m)
-    cosine  the same product over the norms of ∇m(q) and ∇ℓ(i); identity curvature only
+    """With K = (H + γI + λI)⁻¹ and ‖g‖²_K = gᵀ K g:
 
-    value(i) = −(1/N) ∇ℓ(i)ᵀ (H + γI + λI)⁻¹ ∇ℓ(i): a large self-influence is suspicious.
+    dot            score(q, i) = −(1/N) ∇m(q)ᵀ K ∇ℓ(i)             (Koh & Liang 2017, eq. 2, for a measurement m)
+    cosine         −∇m(q)ᵀ K ∇ℓ(i) / (‖∇m(q)‖_K ‖∇ℓ(i)‖_K)         (K = I: gradient cosine; TrackStar, Chang et al. 2024)
+    relatif        −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖∇ℓ(i)‖_K               (ℓ-RelatIF, Barshan et al. 2020, eq. 8)
+    theta_relatif  −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖K ∇ℓ(i)‖               (θ-RelatIF, eq. 6)
+
+    value(i) is an example's score for itself, ∇m = ∇ℓ: dot −(1/N) ‖∇ℓ(i)‖²_K; a large self-influence is suspicious.
     γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
     S, gradients are Sg throughout and H is S H Sᵀ. `precision` bf16 rounds the factors of training gradients before
     they are rotated and multiplied out (queries, covariances and eigendecompositions stay as they are).
@@ -43,10 +48,8 @@ class Influence(Method):
     query_rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.similarity not in ("dot", "cosine"):
-            raise UserError("method.similarity", self.similarity, allowed="dot, cosine")
-        if self.similarity == "cosine" and not isinstance(self.curvature, Identity):
-            raise UserError("method.similarity", "cosine", "goes with identity curvature only", hint="take dot")
+        if self.similarity not in SIMILARITIES:
+            raise UserError("method.similarity", self.similarity, allowed=SIMILARITIES)
         if self.precision not in ("float32", "bf16"):
             raise UserError("method.precision", self.precision, allowed="float32, bf16")
         if self.query_rank is not None and self.query_rank < 1:
@@ -58,20 +61,24 @@ class Influence(Method):
 
     @property
     def calibrated(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.curvature, Identity)
+        return self.similarity == "dot" and not isinstance(self.curvature, Identity)
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         task = problem.task
         # Rows that only queries look up meet no training gradient; a query's norm alone needs them.
-        source, fitted = self._fit(problem, [problem.train] if self.similarity == "dot" else [problem.train, queries])
+        source, fitted = self._fit(
+            problem, [problem.train, queries] if self.similarity == "cosine" else [problem.train]
+        )
         scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
         size = source.size * next(source.model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
             problem.meter.gradients += len(rows)
             measured = source.collected(queries.select(rows), task.objective.measure, fitted.coordinates)
-            lengths = norms(measured).double().cpu()
+            rotated = fitted.precondition(measured, self.damping, task.recipe.l2)
+            if self.similarity == "cosine":
+                lengths = sum_of_products(rotated, measured).double().cpu().sqrt()
             # Queries leave the coordinates once: training gradients, which are more, then need not enter them.
-            solved = fitted.back(fitted.precondition(measured, self.damping, task.recipe.l2))
+            solved = fitted.back(rotated)
             asked: Sequence[Gradient | Truncated] = solved
             if self.query_rank is not None:
                 asked = [truncated(g, self.query_rank) for g in solved]
@@ -81,10 +88,9 @@ class Influence(Method):
                 problem.meter.gradients += len(index)
                 found = source.rounded(found)
                 product = -torch.stack([g.times(f).double().cpu() for g, f in zip(asked, found, strict=True)]).sum(0)
-                if self.similarity == "cosine":
-                    product /= lengths[:, None] * norms(plain(found)).double().cpu()
-                else:
-                    product /= len(problem.train)
+                if self.similarity != "dot":
+                    product /= self._length(fitted, found, task.recipe.l2)
+                product /= lengths[:, None] if self.similarity == "cosine" else len(problem.train)
                 scores[rows[:, None], index] = product
         return scores
 
@@ -95,14 +101,28 @@ class Influence(Method):
         values = torch.empty(len(problem.train), dtype=torch.float64)
         for index, found in source.gradients(problem.train, task.objective.loss):
             problem.meter.gradients += len(index)
-            g = fitted.coordinates(found)
-            solved = fitted.precondition(g, self.damping, task.recipe.l2)
-            shared = [
-                Gradient(b.block, b.of(a.values), b.columns) if a.columns is None else a
-                for a, b in zip(solved, g, strict=True)
-            ]
-            values[index] = -sum_of_products(shared, g).double().cpu() / len(problem.train)
+            squared, solved = self._itself(fitted, found, task.recipe.l2)
+            if self.similarity == "relatif":
+                squared = squared.sqrt()
+            elif self.similarity == "theta_relatif":
+                squared = squared / norms(solved).double().cpu()
+            values[index] = -squared / len(problem.train)
         return values
+
+    def _itself(self, fitted: Fitted, found: Sequence[Factors], l2: float) -> tuple[Tensor, list[Gradient]]:
+        """‖∇ℓ(i)‖²_K (B,), and K ∇ℓ(i) in the coordinates."""
+        g = fitted.coordinates(found)
+        solved = fitted.precondition(g, self.damping, l2)
+        shared = [
+            Gradient(b.block, b.of(a.values), b.columns) if a.columns is None else a
+            for a, b in zip(solved, g, strict=True)
+        ]
+        return sum_of_products(shared, g).double().cpu(), solved
+
+    def _length(self, fitted: Fitted, found: Sequence[Factors], l2: float) -> Tensor:
+        """What a training gradient is divided by, (B,)."""
+        squared, solved = self._itself(fitted, found, l2)
+        return norms(solved).double().cpu() if self.similarity == "theta_relatif" else squared.sqrt()
 
     def _fit(self, problem: Problem, data: Sequence[Examples]) -> tuple[Source, Fitted]:
         """The curvature by the blocks that these examples reach, and where their gradients come from."""

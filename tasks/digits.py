@@ -55,7 +55,7 @@ def digits(model: Any, n_train: int, n_val: int, n_query: int, seed: int, corrup
         model=model.name,
         source="bundled",
         floor={"accuracy": 0.8},
-        identity={"version": VERSION, "hidden": list(model.hidden), "dropout": model.dropout},
+        identity={"version": VERSION, **model.identity()},
         dtype=dtype,
         annotations=annotations,
     )

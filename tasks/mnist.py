@@ -73,7 +73,7 @@ def mnist(
         model=model.name,
         source=source,
         floor={"accuracy": 0.8},
-        identity={"version": VERSION, "hidden": list(model.hidden), "dropout": model.dropout},
+        identity={"version": VERSION, **model.identity()},
         dtype=dtype,
         annotations=annotations,
     )

@@ -14,16 +14,18 @@ from tasks.errors import UserError, require
 
 MADE_FOR = {"linear": "regression", "logreg": "classification", "logreg_mnist": "classification"}
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
 
 class Perceptron(nn.Module):
-    """x (B, in) -> (B, out), ReLU between the layers, and dropout after each where there is any."""
+    """x (B, in) -> (B, out), an activation between the layers, and dropout after each where there is any."""
 
-    def __init__(self, widths: list[int], dropout: float = 0.0) -> None:
+    def __init__(self, widths: list[int], dropout: float = 0.0, activation: str = "relu") -> None:
         super().__init__()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for k, (a, b) in enumerate(pairwise(widths)):
             if k:
-                layers[f"relu{k}"] = nn.ReLU()
+                layers[f"{activation}{k}"] = ACTIVATIONS[activation]()
             if k and dropout > 0:
                 layers[f"dropout{k}"] = nn.Dropout(dropout)
             layers[f"linear{k}"] = nn.Linear(a, b)
@@ -57,8 +59,11 @@ class MLP:
     dropout: float
     dtype: str
     recipe: Recipe
+    activation: str = "relu"
 
     def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise UserError("model.activation", self.activation, allowed=ACTIVATIONS)
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1")
         require(
             not (self.hidden and self.recipe.optimizer == "lbfgs"),
@@ -68,7 +73,12 @@ class MLP:
         )
 
     def build(self, features: int, outputs: int) -> nn.Module:
-        return Perceptron([features, *self.hidden, outputs], self.dropout)
+        return Perceptron([features, *self.hidden, outputs], self.dropout, self.activation)
+
+    def identity(self) -> dict[str, object]:
+        """What tells two of one name apart."""
+        smooth = {} if self.activation == "relu" else {"activation": self.activation}
+        return {"hidden": list(self.hidden), "dropout": self.dropout, **smooth}
 
 
 def vector_model(model: Any, task: str, kind: str, fitting: Sequence[str]) -> MLP:

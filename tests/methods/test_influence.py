@@ -222,6 +222,32 @@ def test_cosine_written_out(case: str) -> None:
     assert far(influence("identity").attribute(problem, queries), expected)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "relatif", "theta_relatif"])
+@pytest.mark.parametrize("case", ["three_classes", "without_bias"])
+def test_similarities_in_the_metric_of_the_curvature(case: str, similarity: str) -> None:
+    task = CASES[case]()
+    problem, queries = problem_of(task), task.splits["query"]
+    model = explained(problem)
+    m = stacked(per_example(model, queries, task.objective.measure))
+    g = stacked(per_example(model, task.train, task.objective.loss))
+    k = torch.linalg.inv(ggn(model, task.train) + (GAMMA + 0.02) * torch.eye(g.shape[1], dtype=torch.float64))
+    dot, n = -m @ k @ g.T, len(task.train)
+    own = ((g @ k) * g).sum(1).sqrt()  # ‖g‖_K
+    expected, value = {
+        "cosine": (dot / (((m @ k) * m).sum(1).sqrt()[:, None] * own), None),
+        "relatif": (dot / own / n, -own / n),
+        "theta_relatif": (dot / (g @ k).norm(dim=1) / n, -own.square() / (g @ k).norm(dim=1) / n),
+    }[similarity]
+    method = influence("exact", similarity=similarity)
+    assert not method.calibrated
+    found = method.attribute(problem, queries)
+    assert close(found, expected)
+    assert far(influence("exact").attribute(problem, queries), expected)
+    assert far(influence("identity", similarity=similarity).attribute(problem, queries), expected)
+    if value is not None:
+        assert close(method.value(problem), value)
+
+
 def test_cosine_of_an_example_with_itself_is_one() -> None:
     task = replace(three_classes(), objective=LossMeasured(3))
     found = influence("identity", similarity="cosine").attribute(problem_of(task), task.train)
@@ -377,11 +403,8 @@ def test_modules_given_as_a_string_are_one_pattern() -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"method\.similarity=angle.*dot, cosine"):
+    with pytest.raises(UserError, match=r"method\.similarity=angle.*dot, cosine, relatif"):
         influence("identity", similarity="angle")
-    for name in ("exact", "ekfac"):
-        with pytest.raises(UserError, match=r"method\.similarity=cosine.*identity"):
-            influence(name, similarity="cosine")
 
 
 def test_calibration_is_said() -> None:
