@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = """How fast the truth engine and influence functions are here: ratios from one run, medians of several rounds.
 
-    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,solvers,logra,memory,precision]
+    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,trak,solvers,logra,memory,precision]
                           [rounds=3] [trainings=400]
 
 vectorised     half-data trainings of digits/mlp: the stacked engine on all cores against one sequential trainer a core
@@ -30,6 +30,7 @@ processes      trainings of bert_tiny on 1,000 short texts: one process a core a
 ray            the same rows by Ray on this machine: what a unit costs beside its training (extra `cluster`)
 ekfac          EK-FAC scores of 1,000 texts x 100 queries on bert_tiny: ours against kronfluence (`make peers`), one
                thread each, and the share of the processor's matrix-product rate that ours reaches
+trak           TRAK's 512 features of the same texts, projected sparsely and densely, against traker (`make peers`)
 solvers        conjugate gradients and LiSSA on digits/mlp: 100 queries at once against one by one, with the columns of
                the curvature's root kept in memory and with columns made anew in every product
 logra          EK-FAC scores as in `ekfac`, of full gradients against LoGra's 32 x 32 numbers a layer
@@ -221,6 +222,13 @@ def _ekfac(rounds: int, trainings: int) -> list[str]:
     return report(joined(_task(*SETTINGS), LONGEST), rounds)
 
 
+def _trak(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_ekfac import LONGEST, SETTINGS, joined
+    from bench.speed_trak import features
+
+    return features(joined(_task(*SETTINGS), LONGEST), rounds)
+
+
 def _solvers(rounds: int, trainings: int) -> list[str]:
     from bench.speed_solvers import DIGITS, solvers
 
@@ -286,6 +294,7 @@ PARTS: dict[str, Callable[[int, int], list[str]]] = {
     "processes": _processes,
     "ray": _ray,
     "ekfac": _ekfac,
+    "trak": _trak,
     "solvers": _solvers,
     "logra": _logra,
     "memory": _memory,

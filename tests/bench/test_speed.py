@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import speed, speed_ekfac, speed_solvers
+from bench import speed, speed_ekfac, speed_solvers, speed_trak
 from bench.speed_ekfac import Took, joined, ours, report, theirs
+from methods.compression.none import Uncompressed
+from methods.compression.sjlt import SJLT
 from methods.curvature import products
 from tasks.base import Task
 
@@ -117,3 +119,25 @@ def test_memory_is_told_beside_the_scores(task: Task) -> None:
     lines = speed_solvers.memory(task, (30, 120))
     if len(lines) == 4:  # else the system does not tell
         assert lines[1].startswith("30 training examples: scoring adds ") and "all gradients would be" in lines[2]
+
+
+def test_features_of_the_peer_are_projections_of_the_same_gradients(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inner products of both are those of the margins' gradients, as far as a random projection keeps them."""
+    monkeypatch.setattr(speed_trak, "DIMENSION", 4096)
+    if importlib.util.find_spec("trak") is None:
+        pytest.skip("traker is not installed: make peers")
+    task = replace(task, splits={**task.splits, "train": task.train.select(range(12))})
+    _, exact = speed_trak.ours(task, Uncompressed())
+    gram = speed_trak._gram(exact)
+    for _, found in (speed_trak.ours(task, SJLT(4096)), speed_trak.theirs(task, 5)):
+        scaled = speed_trak._gram(found)
+        scaled = scaled * (scaled * gram).sum() / (scaled * scaled).sum()  # theirs has a scale of its own
+        assert (scaled - gram).abs().max() < 0.1 * gram.abs().max()
+
+
+def test_without_traker_a_line_says_how_to_install_it(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lines = speed_trak.features(task, 1)
+    assert "make peers" in lines[-1] and not any("traker takes" in line for line in lines)
