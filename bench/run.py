@@ -59,6 +59,8 @@ def run(config: DictConfig) -> Outcome:
     evaluations, executor = build_evaluations(config, task), build(config.executor)
     covered = coverage_of(task, method)
     check_device(config.device)
+    if config.detail not in (None, "layer", "token"):
+        raise UserError("detail", config.detail, allowed="layer, token, or null")
     executor.engine_for(task)  # an engine that cannot train this model is told before anything is trained
     identity = {
         "config": configuration.run_key(config),
@@ -168,6 +170,11 @@ def _judge(
     )
     peak = Peak()
     attribution, value = _scorers(problem, method, console, peak, kept)
+    if config.detail is not None:
+        with console.phase("detail", f"scores by {config.detail}"):
+            parts = _try(lambda: method.detail(problem, problem.task.splits["query"], config.detail), record) or {}
+        kept.scores.update({f"detail/{name}": part.cpu().numpy() for name, part in parts.items()})
+        kept.ids.update({"query": task.splits["query"].ids, "train": task.train.ids} if parts else {})
     case = Case(
         task=task,
         seed=config.seed,

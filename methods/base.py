@@ -167,6 +167,11 @@ class Method:
         """(N,): higher is more helpful, lower more suspicious; no query."""
         raise Unsupported(f"{type(self).__name__} has no value without a query")
 
+    def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
+        """Parts of `attribute` that sum to it: by="layer" {"layers": (L, Q, N)}, by="token" {"train_tokens": (Q, N, T),
+        "query_tokens": (Q, T, N)}, the last of T being what belongs to no token."""
+        raise Unsupported(f"{type(self).__name__} has no scores by {by}")
+
     def unmet(self, task: Task) -> str | None:
         """Why this method cannot run on a task, told before anything is trained; None where it can."""
         if "texts" in self.needs and task.train.texts is None:

@@ -11,8 +11,8 @@ from tasks.base import Examples, Task
 
 @dataclass(frozen=True)
 class Contrast(Method):
-    """score(q, i) = score((x, y), i) − score((x, y'), i) of the base method, y' the class that the explained model finds
-    most probable beside the query's own y.
+    """score(q, i) = score((x, y), i) − score((x, y'), i) of the base method, y' the class that the explained model
+    finds most probable beside the query's own y.
 
     A method that is linear in the query's gradient thereby attributes ∇m(x, y) − ∇m(x, y') (the contrast of an error
     with its correction: Pezeshkpour et al. 2022; the twofold cost buys that any method can be contrasted).

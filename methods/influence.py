@@ -16,10 +16,12 @@ from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import Factors, Gradient, norms, sum_of_products
 from methods.gradients.source import Source
+from methods.gradients.tokens import by_token
 from tasks.base import Examples
 from tasks.errors import UserError
 
 SIMILARITIES = ("dot", "cosine", "relatif", "theta_relatif")
+FEW = 8  # examples at once where each of their tokens has a gradient
 GRADIENT_BYTES = 2**30  # query gradients that are held at once
 
 
@@ -32,7 +34,7 @@ class Influence(Method):
     relatif        −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖∇ℓ(i)‖_K               (ℓ-RelatIF, Barshan et al. 2020, eq. 8)
     theta_relatif  −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖K ∇ℓ(i)‖               (θ-RelatIF, eq. 6)
 
-    value(i) is an example's score for itself, ∇m = ∇ℓ: dot −(1/N) ‖∇ℓ(i)‖²_K; a large self-influence is suspicious.
+    value(i) is an example's score for itself, ∇m = ∇ℓ (dot: −(1/N) ‖∇ℓ(i)‖²_K): large self-influence is suspicious.
     γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
     S, gradients are Sg throughout and H is S H Sᵀ. `precision` bf16 rounds the factors of training gradients before
     they are rotated and multiplied out (queries, covariances and eigendecompositions stay as they are).
@@ -108,6 +110,49 @@ class Influence(Method):
                 squared = squared / norms(solved).double().cpu()
             values[index] = -squared / len(problem.train)
         return values
+
+    def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
+        """By layer: the terms of the sum over blocks, in the blocks' order. By token: ∇ℓ(i), then ∇m(q), taken apart
+        into the shares of their tokens, to which the score is linear (Grosse et al. 2023, §2.4 and §5.3.2)."""
+        if self.similarity != "dot":
+            raise Unsupported(f"similarity={self.similarity} divides by a norm: its scores are no sums over parts")
+        lengths = problem.train.lengths
+        if by == "token" and lengths is None:
+            raise Unsupported(f"task={problem.task.name} has no tokens")
+        task, (source, fitted) = problem.task, self._fit(problem, [problem.train])
+
+        def solved(found: Sequence[Factors]) -> list[Gradient]:
+            problem.meter.gradients += len(found[0].outputs)
+            measured = [Gradient(g.block, g.dense()) for g in fitted.coordinates(found)]
+            return fitted.back(fitted.precondition(measured, self.damping, task.recipe.l2))
+
+        if by == "layer":
+            parts = torch.zeros(len(source.blocks), len(queries), len(problem.train), dtype=torch.float64)
+            for rows, asked in source.gradients(queries, task.objective.measure):
+                vectors = solved(asked)
+                for index, found in source.gradients(problem.train, task.objective.loss):
+                    for b, (g, f) in enumerate(zip(vectors, found, strict=True)):
+                        parts[b, rows[:, None], index] = -g.times(f).double().cpu() / len(problem.train)
+            return {"layers": parts}
+        assert lengths is not None and queries.lengths is not None
+        longest, asked_longest = int(lengths.max()), int(queries.lengths.max())
+        of_train = torch.zeros(len(queries), len(problem.train), longest + 1, dtype=torch.float64)
+        of_query = torch.zeros(len(queries), asked_longest + 1, len(problem.train), dtype=torch.float64)
+        for rows, asked in source.gradients(queries, task.objective.measure, FEW):
+            vectors, width = solved(asked), int(queries.lengths[rows].max())
+            shares = solved(by_token(asked, width))
+            for index, found in source.gradients(problem.train, task.objective.loss, FEW):
+                n, there = len(problem.train), int(lengths[index].max())
+                apart = by_token(found, there)
+                product = -torch.stack([g.times(f).double().cpu() for g, f in zip(vectors, apart, strict=True)]).sum(0)
+                product = product.unflatten(1, (len(index), there + 1)) / n
+                of_train[rows[:, None], index, :there] = product[..., :there]
+                of_train[rows[:, None], index, -1] = product[..., there]
+                product = -torch.stack([g.times(f).double().cpu() for g, f in zip(shares, found, strict=True)]).sum(0)
+                product = product.unflatten(0, (len(rows), width + 1)).transpose(1, 2) / n  # (Q, N, W + 1)
+                of_query[rows[:, None], :width, index] = product[..., :width]
+                of_query[rows[:, None], -1, index] = product[..., width]
+        return {"train_tokens": of_train, "query_tokens": of_query}
 
     def _itself(self, fitted: Fitted, found: Sequence[Factors], l2: float) -> tuple[Tensor, list[Gradient]]:
         """‖∇ℓ(i)‖²_K (B,), and K ∇ℓ(i) in the coordinates."""

@@ -15,6 +15,7 @@ from tasks.errors import UserError
 
 WHOLE_LIMIT = 4096  # numbers in a block that is treated as one dense vector
 TABLE_LIMIT = 4096  # rows of an embedding that is the output layer too: its uses are dense
+NAMED = 8  # modules in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,9 @@ def blocks_of(model: nn.Module, modules: Sequence[str] | None = None) -> list[Bl
     owned = {name: _own(module) for name, module in model.named_modules() if _own(module)}
     chosen = [n for n in owned if modules is None or any(fnmatchcase(n, pattern) for pattern in modules)]
     if not chosen:
-        raise UserError("method.modules", ",".join(modules or []), "matches no module", allowed=list(owned))
+        first = [*list(owned)[:NAMED], *([f"and {len(owned) - NAMED} more"] if len(owned) > NAMED else [])]
+        asked, hint = ",".join(modules or []) or "[]", "patterns with * are possible, null takes all"
+        raise UserError("method.modules", asked, "matches no module", allowed=first, hint=hint)
     found = []
     for name in chosen:
         mine = {id(p): key for key, p in owned[name].items()}

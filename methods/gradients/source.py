@@ -50,9 +50,12 @@ class Source:
         """Numbers in one example's gradient."""
         return sum(block.size for block in self.blocks)
 
-    def gradients(self, examples: Examples, of: Scalar) -> Iterator[tuple[Tensor, list[Factors]]]:
+    def gradients(
+        self, examples: Examples, of: Scalar, batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, list[Factors]]]:
         """Batch after batch: the row indices and each block's factors of the gradients of `of(outputs, targets)`."""
-        for index, found in gradients(self.task, self.model, examples, self.covered, of):
+        size = {} if batch_size is None else {"batch_size": batch_size}
+        for index, found in gradients(self.task, self.model, examples, self.covered, of, **size):
             yield index, self._squeezed(found)
 
     def columns(self, examples: Examples) -> Iterator[tuple[Tensor, list[list[Factors]]]]:

@@ -72,6 +72,17 @@ def test_every_method_on_digits(method: str, digits_out: Path) -> None:
         assert array.shape[-1] == len(ids["train"]) == 120, name
 
 
+def test_scores_taken_apart_are_in_the_record(digits_out: Path) -> None:
+    outcome = run(compose(digits_out, *DIGITS, "method=graddot", "evaluation=[]", "detail=layer"))
+    scores, ids = records.read_scores(Path(str(outcome.folder)))
+    assert scores["detail/layers"].shape == (2, len(ids["query"]), len(ids["train"]))
+    np.testing.assert_allclose(scores["detail/layers"].sum(0), scores["attribution/query"], rtol=1e-5, atol=1e-9)
+    without = run(compose(digits_out, *DIGITS, "method=loss", "evaluation=[]", "detail=layer"))
+    assert any("no scores by layer" in note for note in records.read(Path(str(without.folder)))["notes"])
+    with pytest.raises(UserError, match=r"detail=word.*layer, token"):
+        run(compose(digits_out, *DIGITS, "method=graddot", "detail=word"))
+
+
 @pytest.mark.parametrize("method", ["ekfac", "tfidf", "tracin", "loss"])
 def test_methods_on_sentiment(method: str, sentiment_out: Path) -> None:
     outcome = run(compose(sentiment_out, *SENTIMENT, f"method={method}"))
