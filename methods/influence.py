@@ -30,7 +30,7 @@ class Influence(Method):
     """With K = (H + γI + λI)⁻¹ and ‖g‖²_K = gᵀ K g:
 
     dot            score(q, i) = −(1/N) ∇m(q)ᵀ K ∇ℓ(i)             (Koh & Liang 2017, eq. 2, for a measurement m)
-    cosine         −∇m(q)ᵀ K ∇ℓ(i) / (‖∇m(q)‖_K ‖∇ℓ(i)‖_K)         (K = I: gradient cosine; TrackStar, Chang et al. 2024)
+    cosine         −∇m(q)ᵀ K ∇ℓ(i) / (‖∇m(q)‖_K ‖∇ℓ(i)‖_K)         (K = I: gradient cosine; K whitens: TrackStar)
     relatif        −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖∇ℓ(i)‖_K               (ℓ-RelatIF, Barshan et al. 2020, eq. 8)
     theta_relatif  −(1/N) ∇m(q)ᵀ K ∇ℓ(i) / ‖K ∇ℓ(i)‖               (θ-RelatIF, eq. 6)
 
