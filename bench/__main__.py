@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from datetime import datetime
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from bench.run import Outcome
+
+HOME = Path(__file__).resolve().parent.parent
+PACKAGES = ("bench", "methods", "tasks")
+FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's own list of keys that do not tell jobs apart
+RAW = warnings.formatwarning  # Python's own: path, line and source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +50,18 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own package, as with python -m
+    warnings.formatwarning = _one_line_warning
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What this project warns of is meant for users; others' warnings stay as they are."""
+    place = Path(filename).resolve()
+    if category is not UserWarning or not any(place.is_relative_to(HOME / package) for package in PACKAGES):
+        return RAW(message, category, filename, lineno, line)
+    start = "\r\033[K" if sys.stderr.isatty() else ""  # over a phase that is being announced
+    return f"{start}warning: {' '.join(str(message).split())}\n"
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -109,11 +127,15 @@ def sweep(overrides: Sequence[str]) -> int:
     out = composed[0].out
     if any(one.out != out for one in composed):
         raise UserError("out", None, "cannot be swept", hint="a sweep writes to one place")
+    fixed = _fixed(points)
+    if len(points) > 1:
+        print(f"sweep of {len(points)} runs", file=sys.stderr)
     folder = Path(out).absolute() / "sweeps" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     launch_error = "its process ended early"
     reported: dict[int, dict[str, Any]] = {}
+    to_hydra = [f"hydra.sweep.dir={_quoted(str(folder))}", f"{FIXED}=[{','.join(map(_quoted, fixed))}]"]
     try:
-        _launch(job_of_sweep, [*config.open_custom(overrides), f"hydra.sweep.dir={_quoted(str(folder))}"], "--multirun")
+        _launch(job_of_sweep, [*config.open_custom(overrides), *to_hydra], "--multirun")
     except Exception as error:  # a launcher that lost a worker: what was done is on disk
         launch_error = config.one_line(error).partition(". ")[0]
     except KeyboardInterrupt:
@@ -124,7 +146,8 @@ def sweep(overrides: Sequence[str]) -> int:
             reported[number] = json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
     if len(reported) == len(points):
         _remove(folder)
-    return _conclude(out, points, composed, reported, f"no outcome: {launch_error}; see {folder}")
+    names = [_name(point, fixed) for point in points]
+    return _conclude(out, names, composed, reported, f"no outcome: {launch_error}; see {folder}")
 
 
 def job_of_sweep(job_config: "DictConfig") -> None:
@@ -134,6 +157,9 @@ def job_of_sweep(job_config: "DictConfig") -> None:
     from bench.config import one_line
 
     settings = HydraConfig.get()
+    prepare()  # this process may be another one
+    fixed = settings.job.config.override_dirname.exclude_keys
+    print(f"run {settings.job.num + 1}: {_name(settings.overrides.task, fixed)}", file=sys.stderr, flush=True)
     try:
         outcome = dataclasses.asdict(_run(job_config))
     except (Exception, SystemExit) as error:
@@ -146,9 +172,24 @@ def job_of_sweep(job_config: "DictConfig") -> None:
     aside.replace(target)
 
 
+def _fixed(points: Sequence[Sequence[str]]) -> list[str]:
+    """The keys that have one value in all points of a sweep; none where nothing varies."""
+    varying = {_key(overrides[0]) for overrides in zip(*points, strict=True) if len(set(overrides)) > 1}
+    return sorted({_key(override) for override in points[0]} - varying) if varying else []
+
+
+def _name(point: Sequence[str], fixed: Sequence[str]) -> str:
+    """One run of a sweep, by what the others have otherwise."""
+    return " ".join(o.lstrip("+") for o in point if not o.startswith("hydra") and _key(o) not in fixed)
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
+
+
 def _conclude(
     out: str,
-    points: list[list[str]],
+    names: list[str],
     composed: "list[DictConfig]",
     reported: dict[int, dict[str, Any]],
     lost: str,
@@ -162,9 +203,8 @@ def _conclude(
         for number, one in enumerate(composed)
     ]
     _report(out, outcomes)
-    failed = [(point, outcome) for point, outcome in zip(points, outcomes, strict=True) if outcome.status == "failed"]
-    for point, outcome in failed:
-        name = " ".join(override.lstrip("+") for override in point if not override.startswith("hydra"))
+    failed = [(name, outcome) for name, outcome in zip(names, outcomes, strict=True) if outcome.status == "failed"]
+    for name, outcome in failed:
         print(f"failed: {name}: {outcome.reason}", file=sys.stderr)
     return 1 if failed else 0
 

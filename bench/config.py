@@ -6,8 +6,10 @@ by `+method.key=value`; everywhere else the YAML lists every key that there is, 
 that may have a fraction is written with one (`1.0`), and a key that may be null is null.
 """
 
+import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -34,10 +36,13 @@ SIGNED = ("method", "task", "model")  # what users may replace by a class of the
 CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names: bench hands them over
 DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
+EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for every block"}  # by argument's name
 PATHS = (("task", "data_dir"), ("model", "path"), ("method", "path"))  # their content is fingerprinted instead
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, AssertionError)  # what Hydra raises for a wrong config
 
 Config = dict[str, Any]
+Parts = Mapping[str, tuple[str, list[str]]]  # keys that are choices of their own: the group, its options
+Bases = dict[tuple[str, ...], tuple[Config, dict[str, Any], Parts]]  # of the chosen YAMLs alone: config, choices, parts
 
 
 def conf_dir() -> Path:
@@ -67,7 +72,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 def compose_all(points: Sequence[Sequence[str]]) -> list[DictConfig]:
     """`compose` for each point of a sweep, sharing the work."""
-    bases: dict[tuple[str, ...], Config] = {}
+    bases: Bases = {}
     with _hydra() as loader:
         return [_compose(_parse(open_custom(overrides), loader), loader, bases) for overrides in points]
 
@@ -129,7 +134,8 @@ def check_signature(node: Mapping[str, Any], key: str, given: Sequence[str] = ()
         for path, inner in nested:
             check_signature(inner, path)
         if not nested and argument in hints and not _fits(value, hints[argument]):
-            raise UserError(where, _shown(value), "is not possible", allowed=_type_name(hints[argument]))
+            kind = EXAMPLES.get(argument) or _type_name(hints[argument])
+            raise UserError(where, _shown(value), "is not possible", allowed=kind)
     if node.get("_partial_") or "_args_" in node:
         return
     for argument in allowed:
@@ -194,36 +200,59 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     return parsed
 
 
-def _compose(parsed: list[Override], loader: ConfigLoader, bases: dict[tuple[str, ...], Config]) -> DictConfig:
+def _compose(parsed: list[Override], loader: ConfigLoader, bases: Bases) -> DictConfig:
     """First the chosen YAMLs alone (a point of a sweep often shares them with others), then with the values."""
     groups = [o for o in parsed if o.is_hydra_override() or _is_group(o, loader)]
     for override in parsed:
         _check_form(override, override in groups, loader)
     lines = tuple(str(o.input_line) for o in groups)
     if lines not in bases:
-        bases[lines] = _plain(_composed(groups, loader))
-    base = bases[lines]
-    for override in parsed:
+        composed = _composed(groups, loader)
+        bases[lines] = _plain(composed), _chosen(composed), _parts(_chosen(composed), loader)
+    base, chosen, parts = bases[lines]
+    for override in sorted(parsed, key=lambda o: o.key_or_group.count(".")):  # a choice before the keys below it
         if override not in groups:
-            _check_key(override, base)
+            _check_key(override, base, parts)
     config = _composed(parsed, loader)
-    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-    assert isinstance(chosen, dict)
     with open_dict(config):
         del config["hydra"]
     resolved = _resolved(config)
     for key in sorted(OmegaConf.missing_keys(config)):
         raise UserError(key, None, "is missing", hint=f"give {key}=...")
-    _compare(resolved, _with_defaults(base, chosen), "")
-    return add_choice(config, {str(group): option for group, option in chosen.items()})
+    _check_finite(resolved, "")
+    _compare(resolved, _with_defaults(base, chosen), "", parts)
+    return add_choice(config, chosen)
 
 
-def _with_defaults(base: Config, chosen: Mapping[Any, Any]) -> Config:
+def _chosen(config: DictConfig) -> dict[str, Any]:
+    """The YAML chosen in each group, of a config with its hydra node."""
+    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+    assert isinstance(chosen, dict)
+    return {str(group): option for group, option in chosen.items()}
+
+
+def _parts(chosen: Mapping[str, Any], loader: ConfigLoader) -> Parts:
+    """Those within the nodes that users may recompose: method.compression, method.base and the like."""
+    places = {_place(group): group for group in chosen}
+    return {
+        key: (group, loader.get_group_options(group.partition("@")[0]))
+        for key, group in places.items()
+        if key.partition(".")[0] in SIGNED and key not in SIGNED
+    }
+
+
+def _place(group: str) -> str:
+    """The key that a group's choice fills: method.compression of method/compression, and what follows an @."""
+    name, _, package = group.partition("@")
+    return package or name.replace("/", ".")
+
+
+def _with_defaults(base: Config, chosen: Mapping[str, Any]) -> Config:
     """The kinds of values of a truth are those of its own YAML: a task's setting (a number) may hide a null there."""
     truth = dict(base["truth"])
     for group, option in chosen.items():
-        yaml, name = conf_dir() / "truth" / f"{option}.yaml", str(group).removeprefix("truth@truth.")
-        if str(group).startswith("truth@") and yaml.is_file() and isinstance(truth.get(name), dict):
+        yaml, name = conf_dir() / "truth" / f"{option}.yaml", group.removeprefix("truth@truth.")
+        if group.startswith("truth@") and yaml.is_file() and isinstance(truth.get(name), dict):
             truth[name] = {**truth[name], **_plain(OmegaConf.load(yaml))}
     return {**base, "truth": truth}
 
@@ -250,13 +279,31 @@ def _explained(error: Exception, overrides: list[Override], loader: ConfigLoader
     unused = re.search(r"Could not override '([^']+)'", text)
     override = by_key.get(unused.group(1)) if unused else None
     if override and (override.package or "/" in override.key_or_group or error.__cause__ is None):
-        nests = "the chosen method nests no other" if override.package else "nothing that was chosen has such a part"
-        return UserError(_full_key(override), override.value(), "has no place here", hint=nests)
+        hint = _nested(override, overrides, loader)
+        return UserError(_full_key(override), override.get_value_string(), "has no place here", hint=hint)
     if twice := re.search(r"Multiple values for ([\w@/.]+?)\. |^(\S+) appears more than once", text):
         return UserError(f"+{twice.group(1) or twice.group(2)}", None, "is there already", hint="leave out the +")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None) or (unused.group(1) if unused else "config")
     return UserError(key, None, f"is not possible ({one_line(cause)})")
+
+
+def _nested(override: Override, overrides: list[Override], loader: ConfigLoader) -> str:
+    """Where a choice that has no place was meant to go, or that there is none."""
+    try:
+        chosen = _chosen(_composed([o for o in overrides if o is not override], loader))
+    except UserError:
+        chosen = {}
+    meant = _place(_full_key(override))
+    alike = [group for group in chosen if group.startswith(f"{override.key_or_group}@")]
+    places = (
+        [group for group in chosen if f".{_place(group)}".endswith(f".{meant}")]
+        or [group for group in alike if group.rpartition(".")[2] == meant.rpartition(".")[2]]
+        or alike
+    )
+    if len(places) == 1:
+        return f"write {places[0]}={override.get_value_string()}"
+    return "the chosen method nests no other" if override.package else "nothing that was chosen has such a part"
 
 
 def _is_group(override: Override, loader: ConfigLoader) -> bool:
@@ -297,40 +344,77 @@ def _check_form(override: Override, is_group: bool, loader: ConfigLoader) -> Non
         raise UserError(key, override.get_value_string(), "is unknown", allowed=options)
 
 
-def _check_key(override: Override, base: Config) -> None:
+def _check_key(override: Override, base: Config, parts: Parts) -> None:
     """The key is in the YAML, or is added (`+`) where a signature will judge it."""
     key, added = override.key_or_group, override.is_add() or override.is_force_add()
     node: Any = base
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        above = ".".join(names[:depth])
         if isinstance(node, list):
             return
+        if node is None and above in parts:
+            raise UserError(key, None, "is no key", hint=f"nothing is chosen there: write {parts[above][0]}=...")
         if not isinstance(node, dict):
-            raise UserError(key, None, "is no key", hint=f"{'.'.join(parts[:depth])} is a single value")
-        if part not in node:
-            if added and "_target_" in node and parts[0] in SIGNED:
+            raise UserError(key, None, "is no key", hint=f"{above} is a single value")
+        if name not in node:
+            if added and "_target_" in node and names[0] in SIGNED:
                 return
-            raise _unknown(".".join(parts[: depth + 1]), node)
-        node = node[part]
+            raise _unknown(".".join(names[: depth + 1]), node)
+        node = node[name]
+    value = override.value()
+    if not (isinstance(value, str) and "${" in value):
+        _compare_shape(value, node, key, parts)
     if override.is_add() and not isinstance(node, dict):
         raise UserError(f"+{key}", None, "is there already", hint="leave out the +")
-    if isinstance(override.value(), dict) and isinstance(node, dict):
-        _compare(override.value(), node, key)
+    if isinstance(value, dict) and isinstance(node, dict):
+        _compare(value, node, key, parts)
 
 
-def _compare(new: Any, old: Any, key: str, judged: bool = False) -> None:
+def _check_finite(value: Any, key: str) -> None:
+    """No number of a config is infinite or none: no record could hold it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_finite(inner, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(key, value, "is not possible", allowed="a finite number")
+
+
+def _compare_shape(new: Any, old: Any, key: str, parts: Parts) -> None:
+    """Refuses a single value, null or a list where the YAML (`old`) holds keys or a choice of its own."""
+    if isinstance(new, dict) or new == old:
+        return
+    if key in parts:
+        group, options = parts[key]
+        allowed, option = (None, new) if new in options else (options, "...")
+        hint = f"write {group}={option}"
+        raise UserError(key, _shown(new), "is not possible: it is a choice", allowed=allowed, hint=hint)
+    if not isinstance(old, dict):
+        return
+    below = {name: value for name, value in old.items() if name not in DIRECTIVES}
+    alike = [name for name, value in below.items() if new is not None and value is not None and _alike(new, value)]
+    if len(alike) == 1:
+        hint = f"write {key}.{alike[0]}={_shown(new)}"
+        raise UserError(key, _shown(new), "is not possible: it holds keys", hint=hint)
+    raise UserError(key, _shown(new), "is not possible", allowed=[f"{key}.{name}=..." for name in below] or "a mapping")
+
+
+def _compare(new: Any, old: Any, key: str, parts: Parts, judged: bool = False) -> None:
     """`new` has the keys and kinds of values of the YAML (`old`); `judged`: a signature will judge the values."""
+    _compare_shape(new, old, key, parts)
     if isinstance(new, dict) and isinstance(old, dict):
         signed = "_target_" in old and key.partition(".")[0] in SIGNED
         for name, value in new.items():
             where = f"{key}.{name}" if key else str(name)
             if name in old:
-                _compare(value, old[name], where, judged or signed)
+                _compare(value, old[name], where, parts, judged or signed)
             elif old and not signed:
                 raise _unknown(where, old)
     elif not judged and not _alike(new, old):
-        keys = [f"{key}.{name}=..." for name in old if name not in DIRECTIVES] if isinstance(old, dict) else None
-        raise UserError(key, _shown(new), "is not possible", allowed=keys or _kind(old))
+        raise UserError(key, _shown(new), "is not possible", allowed=_kind(old))
 
 
 def _alike(new: Any, old: Any) -> bool:
@@ -403,9 +487,16 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in inner)
     if origin in (list, tuple, Sequence):
         return isinstance(value, list) and all(any(_fits(v, i) for i in inner) for v in value)
+    if _is_part(hint):
+        return False  # what gives one is a node
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint if hint in (bool, int, str, types.NoneType) else True
+
+
+def _is_part(hint: Any) -> bool:
+    """Whether it is a dataclass or an interface: of what a method or task is made of."""
+    return inspect.isclass(hint) and (dataclasses.is_dataclass(hint) or getattr(hint, "_is_protocol", False))
 
 
 def _type_name(hint: Any) -> str:
@@ -416,5 +507,7 @@ def _type_name(hint: Any) -> str:
         return " or ".join(inner)
     if origin in (list, tuple, Sequence):
         return f"a list of {' or '.join(dict.fromkeys(inner))}"
+    if _is_part(hint):
+        return f"a {hint.__name__} by its _target_"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
     return words.get(hint) or str(getattr(hint, "__name__", hint))

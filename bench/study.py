@@ -211,7 +211,7 @@ def to_text(found: Sequence[Curve], x: str, metric: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0
     options = {"x": "", "metric": "lds", "task": "digits", "out": "results"}

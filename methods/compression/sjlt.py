@@ -13,6 +13,7 @@ from methods.compression.base import require_positive, require_within, vector
 from methods.compression.bucket_sums import BucketSums
 from methods.compression.rademacher import signs
 from methods.gradients.source import Source
+from tasks.errors import require
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class SJLT:
     def __post_init__(self) -> None:
         require_positive("dimension", self.dimension)
         require_positive("sparsity", self.sparsity)
+        require(
+            self.sparsity <= self.dimension,
+            "method.compression.sparsity",
+            self.sparsity,
+            f"1 to method.compression.dimension={self.dimension}",
+        )
 
     def fit(self, problem: Problem, source: Source) -> BucketSums:
         require_within("dimension", self.dimension, source.size)

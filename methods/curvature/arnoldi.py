@@ -18,7 +18,7 @@ from methods.curvature.operator import Operator
 from methods.curvature.products import MATRICES
 from methods.curvature.root import require_matrix
 from methods.gradients.source import Source
-from tasks.errors import require
+from tasks.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Arnoldi:
 
     def __post_init__(self) -> None:
         require_matrix(self.matrix, MATRICES)
-        require(
-            self.iterations >= self.rank,
-            "method.curvature.iterations",
-            self.iterations,
-            f"the rank, {self.rank}, or more",
-        )
+        if self.rank > self.iterations:
+            raise UserError(
+                "method.curvature.rank",
+                self.rank,
+                f"is above method.curvature.iterations={self.iterations}",
+                hint="lower the one or raise the other",
+            )
 
     def fit(self, problem: Problem, source: Source) -> LowRank:
         require_rank(self.rank, source.size)
@@ -54,4 +55,6 @@ class Arnoldi:
             images = torch.cat([images, step])
         values, vectors = ritz(lambda _: images, basis)
         kept = values.abs().argsort(descending=True)[: self.rank]
-        return LowRank("Arnoldi", source.blocks, vectors[kept], values[kept], operator.trace(), complemented=False)
+        return LowRank(
+            "Arnoldi's matrix", source.blocks, vectors[kept], values[kept], operator.trace(), complemented=False
+        )

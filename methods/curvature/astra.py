@@ -14,7 +14,7 @@ import torch
 from methods.base import Problem
 from methods.curvature.base import Curvature, Fitted, InPlace, unflat
 from methods.curvature.damping import Damping
-from methods.curvature.neumann import require_solved, say_how_far, still_converging
+from methods.curvature.neumann import noise, require_solved, say_how_far, still_converging
 from methods.curvature.operator import Inverse, Operator, preconditioner, relative
 from methods.curvature.products import MATRICES
 from methods.curvature.root import require_matrix
@@ -70,6 +70,8 @@ class FittedASTRA(InPlace):
                 mean += x / late
         solution = x if self.operator.whole(settings.batch_size) else mean
         residuals = relative(vectors - self.operator.times(solution) - shift * solution, vectors)
-        require_solved(residuals, "ASTRA", f"lower method.curvature.step={settings.step} or take more damping")
-        say_how_far(residuals, "ASTRA", f"iterations={settings.iterations}")
+        batches = noise(self.operator, settings.batch_size)
+        keys = f"{batches}method.curvature.iterations={settings.iterations} or method.damping.value"
+        require_solved(residuals, "ASTRA", f"lower method.curvature.step={settings.step}, or raise {keys}")
+        say_how_far(residuals, "ASTRA", keys)
         return unflat(self.operator.source.blocks, solution)

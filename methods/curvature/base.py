@@ -83,10 +83,24 @@ def require_rank(rank: int, dimension: int) -> None:
 
 
 ROUNDING = 1e-14  # of the largest eigenvalue: what is smaller is nothing in float64
+KEYS = "method.damping.value and model.recipe.weight_decay (if l2)"  # λ and γ
 
 
 def positive(strength: float, smallest: float, largest: float, what: str) -> float:
     """The number that is added to eigenvalues between `smallest` and `largest`; refuses a singular system by name."""
-    if strength + smallest <= ROUNDING * largest:
-        raise UserError("method.damping.value", problem=f"and L2 leave {what} singular", hint="take more damping")
-    return strength
+    rounding = ROUNDING * largest
+    if strength + smallest > rounding:
+        return strength
+    problem = f"leave {what} singular: they add {strength:.3g}"
+    if smallest < -rounding:
+        problem += f" to a smallest eigenvalue of {smallest:.3g}"
+        hint = f"{absolute_above(-smallest)} is enough"
+    else:
+        rule = "" if largest > 0 else "method.damping.rule=absolute "  # what is relative to nothing is nothing
+        hint = f"take {rule}method.damping.value=1e-3 or more"
+    raise UserError(KEYS, problem=problem, hint=hint)
+
+
+def absolute_above(strength: float) -> str:
+    """The overrides whose λ alone exceeds `strength`."""
+    return f"method.damping.rule=absolute method.damping.value={1.1 * strength:.2g}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Problem
-from methods.curvature.base import Curvature, Fitted, InPlace, positive, unflat
+from methods.curvature.base import KEYS, Curvature, Fitted, InPlace, absolute_above, positive, unflat
 from methods.curvature.damping import Damping
 from methods.curvature.operator import Inverse, Operator, preconditioner, relative
 from methods.curvature.products import MATRICES
@@ -73,11 +73,12 @@ class FittedCG(InPlace):
             w = self.operator.times(d[active]) + shift * d[active]
             curvature = (d[active] * w).sum(1)
             if not (curvature > 0).all():
+                met = (curvature / d[active].square().sum(1)).min().item() - shift
                 raise UserError(
-                    "method.damping.value",
-                    problem=f"and L2 make {shift:.3g}: a direction of curvature {curvature.min().item():.3g} was met, "
-                    "conjugate gradients need a positive definite matrix",
-                    hint="take more damping, or method.curvature.matrix=ggn",
+                    KEYS,
+                    problem=f"add {shift:.3g} to a matrix with a curvature of {met:.3g} in some direction, conjugate "
+                    "gradients need a positive definite one",
+                    hint=f"take at least {absolute_above(-met)}, or method.curvature.matrix=ggn",
                 )
             step = rz[active] / curvature
             x[active] += step[:, None] * d[active]
@@ -91,7 +92,8 @@ class FittedCG(InPlace):
             worst = relative(r[active], vectors[active]).max().item()
             warnings.warn(
                 f"conjugate gradients: {len(active)} of {len(vectors)} vectors are at a residual of up to {worst:.1e} "
-                f"after method.curvature.iterations={self.settings.iterations}",
+                f"after method.curvature.iterations={self.settings.iterations}; raise it or method.damping.value"
+                + (", or take method=ekfac_cg" if inverse is None else ""),
                 stacklevel=2,
             )
         return x

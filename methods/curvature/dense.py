@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Problem
-from methods.curvature.base import InPlace, positive, unflat
+from methods.curvature.base import KEYS, InPlace, absolute_above, positive, unflat
 from methods.curvature.damping import Damping
 from methods.curvature.products import product_of
 from methods.curvature.root import ROOTED, columns, rank, require_matrix
@@ -124,12 +124,12 @@ class Part:
             damped.diagonal().add_(delta)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if failed:
-                smallest = torch.linalg.eigvalsh(self.gram)[0].item()
+                smallest, *_, largest = torch.linalg.eigvalsh(self.gram).tolist()
+                enough = absolute_above(max(-smallest, 1e-8 * largest))
                 raise UserError(
-                    "method.damping.value",
-                    problem=f"and L2 make {delta:.3g}: the smallest eigenvalue of the matrix ({self.name}) is "
-                    f"{smallest:.3g}, their sum must be positive",
-                    hint="take more damping",
+                    KEYS,
+                    problem=f"add {delta:.3g} to the matrix ({self.name}), whose smallest eigenvalue is {smallest:.3g}",
+                    hint=f"it is positive definite from {enough} upwards",
                 )
             self._factors[delta] = factor
         return self._factors[delta]

@@ -14,7 +14,7 @@ import torch
 from methods.base import Problem
 from methods.curvature.base import InPlace, unflat
 from methods.curvature.damping import Damping
-from methods.curvature.neumann import MARGIN, require_solved, say_how_far, still_converging
+from methods.curvature.neumann import MARGIN, noise, require_solved, say_how_far, still_converging
 from methods.curvature.operator import Operator, relative
 from methods.curvature.products import MATRICES
 from methods.curvature.root import require_matrix
@@ -58,14 +58,18 @@ class FittedLiSSA(InPlace):
         if scale is None:
             scale = MARGIN * self.operator.largest(shift, batch_size=settings.batch_size)
         total = torch.zeros_like(vectors)
+        batches = noise(self.operator, settings.batch_size)
         for repeat in range(settings.repeats):
             x = vectors / scale
             for step in range(settings.depth):
                 batch = self.operator.batch(settings.batch_size, "lissa", repeat, step)
                 x = x + (vectors - self.operator.times(x, batch) - shift * x) / scale
-                still_converging(x, vectors, shift, f"method.curvature.scale={scale:.3g} or the batch size")
+                still_converging(
+                    x, vectors, shift, f"method.curvature.scale={scale:.3g}, {batches}or method.damping.value"
+                )
             total += x / settings.repeats
         residuals = relative(vectors - self.operator.times(total) - shift * total, vectors)
-        require_solved(residuals, "LiSSA", f"raise method.curvature.scale={scale:.3g}, depth or batch_size")
-        say_how_far(residuals, "LiSSA", f"depth={settings.depth}")
+        keys = f"{batches}method.curvature.depth={settings.depth}"
+        require_solved(residuals, "LiSSA", f"raise {keys} or method.curvature.scale={scale:.3g}")
+        say_how_far(residuals, "LiSSA", f"{keys} or method.damping.value")
         return unflat(self.operator.source.blocks, total)

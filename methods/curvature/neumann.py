@@ -70,7 +70,8 @@ class FittedNeumann(InPlace):
                 break
             x = x + r / scale
         else:
-            say_how_far(relative(residual(x), vectors), "the Neumann series", f"iterations={settings.iterations}")
+            remedy = f"method.curvature.iterations={settings.iterations} or method.damping.value"
+            say_how_far(relative(residual(x), vectors), "the Neumann series", remedy)
         return unflat(self.operator.source.blocks, x)
 
 
@@ -88,12 +89,17 @@ def require_solved(residuals: Tensor, name: str, hint: str) -> None:
         raise ArithmeticError(f"{name} diverged: a residual of {worst:.2g} times the right-hand side; {hint}")
 
 
-def say_how_far(residuals: Tensor, name: str, key: str) -> None:
-    """A warning where the answer is off by more than a tenth."""
+def noise(operator: Operator, batch_size: int | None) -> str:
+    """The key to raise where batches are a cause, for a list of keys."""
+    return "" if operator.whole(batch_size) else f"method.curvature.batch_size={batch_size}, "
+
+
+def say_how_far(residuals: Tensor, name: str, remedy: str) -> None:
+    """A warning where the answer is off by more than a tenth; `remedy`: the keys to raise."""
     if residuals.mean() <= FAR:
         return
     warnings.warn(
-        f"{name}: residual {residuals.mean().item():.1e} (largest {residuals.max().item():.1e}) of the right-hand side "
-        f"after method.curvature.{key}",
+        f"{name}: a residual of {residuals.mean().item():.1e} (largest {residuals.max().item():.1e}) of the right-hand "
+        f"side is left; raise {remedy}",
         stacklevel=3,
     )

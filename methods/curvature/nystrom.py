@@ -42,4 +42,4 @@ class Nystrom:
         half = torch.linalg.solve_triangular(factor, shifted, upper=False)  # (r, P): H ≈ halfᵀ half
         _, singular, vectors = torch.linalg.svd(half, full_matrices=False)
         values = (singular.square() - shift).clamp_min(0)
-        return LowRank("Nyström", source.blocks, vectors, values, operator.trace(), complemented=True)
+        return LowRank("Nyström's matrix", source.blocks, vectors, values, operator.trace(), complemented=True)

@@ -16,7 +16,6 @@ from methods.curvature.root import columns, rank, require_matrix
 from methods.gradients.blocks import from_parameters, to_parameters
 from methods.gradients.per_example import flat, plain
 from methods.gradients.source import Source
-from tasks.base import Examples
 from tasks.errors import UserError
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # (vectors (R, P), rows or None for all) -> (R, P)
@@ -41,9 +40,8 @@ def product_of(problem: Problem, source: Source, matrix: str) -> Product:
             some = kept if rows is None else kept[rows]
             s = some.flatten(0, 1)  # (n · R, P)
             return (vectors @ s.T) @ s / len(some)
-        examples = problem.train if rows is None else problem.train.select(rows)
         multiply = _hessian if matrix == "hessian" else _rooted
-        return multiply(problem, source, matrix, examples, vectors) / len(examples)
+        return multiply(problem, source, matrix, rows, vectors) / (len(problem.train) if rows is None else len(rows))
 
     return product
 
@@ -64,17 +62,18 @@ def _kept(problem: Problem, source: Source, matrix: str) -> Tensor | None:
     return problem.once(("root", source.blocks, matrix), made)
 
 
-def _rooted(problem: Problem, source: Source, matrix: str, examples: Examples, vectors: Tensor) -> Tensor:
+def _rooted(problem: Problem, source: Source, matrix: str, rows: Tensor | None, vectors: Tensor) -> Tensor:
     total = torch.zeros_like(vectors)
-    for _, found in columns(problem, source, matrix, examples=examples):
+    for _, found in columns(problem, source, matrix, rows=rows):
         for column in found:
             s = flat(plain(column))  # (B, P)
             total.addmm_(vectors @ s.T, s)
     return total
 
 
-def _hessian(problem: Problem, source: Source, matrix: str, examples: Examples, vectors: Tensor) -> Tensor:
+def _hessian(problem: Problem, source: Source, matrix: str, rows: Tensor | None, vectors: Tensor) -> Tensor:
     require_eval(source.model)
+    examples = problem.train if rows is None else problem.train.select(rows)
     names = sorted({name for block in source.blocks for name in block.parameters})
     leaves = {name: source.model.get_parameter(name).detach().requires_grad_() for name in names}
     parts = vectors.split([b.size for b in source.blocks], 1)

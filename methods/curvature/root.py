@@ -7,6 +7,7 @@ empirical  (1/N) Σ_i g_i g_iᵀ at the training labels: another matrix, not an 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from methods.base import Problem
 from methods.gradients.per_example import Factors
 from methods.gradients.source import Source
-from tasks.base import Examples
 from tasks.errors import UserError
 
 ROOTED = ("ggn", "fisher", "empirical")
@@ -26,19 +26,23 @@ def require_matrix(matrix: str, allowed: Sequence[str]) -> None:
 
 
 def columns(
-    problem: Problem, source: Source, matrix: str, use: str = "", examples: Examples | None = None
+    problem: Problem, source: Source, matrix: str, use: str = "", rows: Tensor | None = None
 ) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
-    """Batch after batch: row indices, and for each column its factors. `use` names the draw of labels."""
-    examples = problem.train if examples is None else examples
+    """Batch after batch: row indices, and for each column its factors. `use` names the draw of labels, `rows` those
+    training examples that are asked for (None: all); indices count among them."""
+    objective, examples = problem.task.objective, problem.train
+    if matrix == "fisher":  # an example's draw stands where its label stood, whichever batch it is in
+        uniforms = torch.rand(examples.targets.shape, generator=problem.generator("fisher", use), dtype=torch.float64)
+        examples = replace(examples, targets=uniforms)
+    examples = examples if rows is None else examples.select(rows)
     if matrix == "ggn":
         stream = source.columns(examples)
+    elif matrix == "empirical":
+        stream = ((index, [found]) for index, found in source.gradients(examples, objective.loss))
     else:
-        objective, rng = problem.task.objective, problem.generator("fisher", use)
 
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            if matrix == "fisher":
-                targets = objective.sample(outputs.detach().cpu(), rng).to(outputs.device)
-            return objective.loss(outputs, targets)
+        def loss(outputs: Tensor, uniforms: Tensor) -> Tensor:
+            return objective.loss(outputs, objective.sample(outputs.detach(), uniforms))
 
         stream = ((index, [found]) for index, found in source.gradients(examples, loss))
     for index, found in stream:

@@ -70,9 +70,11 @@ def blocks_of(model: nn.Module, modules: Sequence[str] | None = None) -> list[Bl
     owned = {name: _own(module) for name, module in model.named_modules() if _own(module)}
     chosen = [n for n in owned if modules is None or any(fnmatchcase(n, pattern) for pattern in modules)]
     if not chosen:
-        first = [*list(owned)[:NAMED], *([f"and {len(owned) - NAMED} more"] if len(owned) > NAMED else [])]
+        names = list(owned)
+        if len(names) > NAMED:  # the first ones, and the last, which is the head of most models
+            names[NAMED - 1 : -1] = [f"{len(names) - NAMED} more"]
         asked, hint = ",".join(modules or []) or "[]", "patterns with * are possible, null takes all"
-        raise UserError("method.modules", asked, "matches no module", allowed=first, hint=hint)
+        raise UserError("method.modules", asked, "matches no module", allowed=names, hint=hint)
     found = []
     for name in chosen:
         mine = {id(p): key for key, p in owned[name].items()}

@@ -54,7 +54,7 @@ def task(model, n: int): ...
 """
 # Imported by every Python process that has this folder on its path, the workers of joblib among them.
 STAND_IN = """
-import dataclasses, os, sys, time, types
+import dataclasses, os, sys, time, types, warnings
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -68,6 +68,11 @@ def run(config):
     print("running", config.seed, "in", os.getpid(), flush=True)
     if config.seed == 1:
         raise RuntimeError("it broke\\nin two lines")
+    if config.seed == 5:
+        ours = os.environ["PYTHONPATH"].split(os.pathsep)[0]
+        warnings.warn_explicit("far\\n  off", UserWarning, os.path.join(ours, "methods", "curvature", "cg.py"), 3)
+        warnings.warn_explicit("of others", UserWarning, os.path.join("elsewhere", "methods", "theirs.py"), 3)
+        warnings.warn_explicit("of Python", DeprecationWarning, os.path.join(ours, "bench", "run.py"), 3)
     if config.seed == 7:
         os._exit(7)
     if config.seed == 60:
@@ -170,6 +175,19 @@ def files(folder: Path) -> list[str]:
         (["task=digits", "method=custom"], "error: method._target_ is missing"),
         (["task=digits", "method=custom", "method._target_=no.Such"], "error: method._target_=no.Such cannot be imp"),
         (["--no-such-flag"], "error: command line - unrecognized arguments: --no-such-flag"),
+        (
+            ["task=digits", "method.compression=logra"],
+            "error: method.compression=logra is not possible: it is a choice",
+        ),
+        (["task=digits", "method.damping=0.1"], "error: method.damping=0.1 is not possible: it holds keys; write"),
+        (
+            ["task=digits", "method.damping.value=inf"],
+            "error: method.damping.value=inf is not possible; allowed: a fin",
+        ),
+        (
+            ["-m", "task=digits", "model.recipe.lr=0.1,inf"],
+            "error: model.recipe.lr=inf is not possible; allowed: a fini",
+        ),
         (["--config-name", "other"], "error: --config-name is not possible"),
         (["--config-dir", "nowhere"], "error: --config-dir=nowhere is no folder"),
         (["-m", "task=digits", "method=ekfac,foo"], "error: method=foo is unknown; allowed: "),
@@ -325,7 +343,7 @@ def test_an_interrupted_run(
     monkeypatch.setattr(bench_run, "run", run)
     for flags in ([], ["-m"]):
         assert run_toy(*flags) == 130
-        assert capfd.readouterr().err == "interrupted; the same command resumes\n"
+        assert capfd.readouterr().err.splitlines()[-1] == "interrupted; the same command resumes"
     assert files(cwd) == []
 
 
@@ -350,17 +368,62 @@ def test_a_sweep_goes_on_after_a_failure(
     out, err = capfd.readouterr()
     assert out == "report of results: toy:ok toy:failed toy:failed toy:failed toy:ok\n"
     assert err.splitlines() == [
-        "failed: method=toy task=toy seed=1: RuntimeError: it broke",
-        "failed: method=toy task=toy seed=2: seed=2 is unlucky",
-        "failed: method=toy task=toy seed=3: as said",
+        "sweep of 5 runs",
+        *(f"run {k + 1}: seed={k}" for k in range(5)),
+        "failed: seed=1: RuntimeError: it broke",
+        "failed: seed=2: seed=2 is unlucky",
+        "failed: seed=3: as said",
     ]
     assert files(cwd) == []
 
 
 def test_a_sweep_without_failures(run_toy: Callable[..., int], cwd: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_toy("seed=0,1", "-m", "method.k=range(2)", "out=\"a 'b'\"") == 0
-    assert capfd.readouterr() == ("report of a 'b': toy:ok toy:ok toy:ok toy:ok\n", "")
+    out, err = capfd.readouterr()
+    assert out == "report of a 'b': toy:ok toy:ok toy:ok toy:ok\n"
+    assert err.splitlines()[1:] == [f"run {2 * s + k + 1}: seed={s} method.k={k}" for s in (0, 1) for k in (0, 1)]
     assert files(cwd) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["seed=1"], ["method=toy task=toy seed=1"]),
+        (["seed=1", "method.k=1,2"], ["method.k=1", "method.k=2"]),
+        (
+            ["seed=1", "method=custom", "method._target_=toys_of_cli.Method", "method.k=1,2"],
+            ["method.k=1", "method.k=2"],
+        ),
+        (["study=toy", "seed=9"], ["method.k=1", "method.k=2"]),
+        (["model=toy,mlp", "seed=1,2"], [f"model={m} seed={s}" for m in ("toy", "mlp") for s in (1, 2)]),
+    ],
+)
+def test_a_run_of_a_sweep_is_named_by_what_is_swept(
+    run_toy: Callable[..., int],
+    bench_run: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    names: list[str],
+) -> None:
+    monkeypatch.setattr(bench_run, "run", lambda config: Outcome("failed", None, "as said", "toy", False))
+    assert run_toy("-m", *arguments) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        *([f"sweep of {len(names)} runs"] if len(names) > 1 else []),
+        *(f"run {k}: {name}" for k, name in enumerate(names, 1)),
+        *(f"failed: {name}: as said" for name in names),
+    ]
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"], ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]])
+def test_a_warning_of_ours_is_one_line(cwd: Path, toys: Path, sweep: list[str]) -> None:
+    arguments = ["--config-dir", str(toys), "method=toy", "task=toy", "seed=5", *sweep]
+    status, _, err = process(cwd, *arguments, path=toys)
+    said = [line for line in err.splitlines() if not line.startswith("run 1: ")]
+    assert status == 0
+    assert said[0] == "warning: far off"
+    assert said[1].endswith("theirs.py:3: UserWarning: of others"), "others' warnings say where they come from"
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(
@@ -414,7 +477,11 @@ def test_joblib_workers_report_through_files(cwd: Path, toys: Path) -> None:
     status, out, err = process(cwd, *arguments, "hydra.launcher.n_jobs=2", path=toys)
     assert status == 1
     assert "report ok failed ok" in out
-    assert err == "failed: method=toy task=toy seed=1: RuntimeError: it broke\n"
+    assert sorted(err.splitlines()) == [
+        "failed: seed=1: RuntimeError: it broke",
+        *(f"run {k + 1}: seed={k}" for k in range(3)),
+        "sweep of 3 runs",
+    ]
     assert files(cwd) == []
 
 
@@ -423,8 +490,8 @@ def test_a_lost_worker_is_a_failure(cwd: Path, toys: Path) -> None:
     status, out, err = process(cwd, *arguments, "hydra.launcher.n_jobs=2", path=toys)
     assert status == 1
     assert "report failed" in out
-    assert err.startswith("failed: method=toy task=toy seed=7: no outcome: TerminatedWorkerError")
-    assert err.count("\n") == 1
+    assert err.startswith("run 1: method=toy task=toy seed=7\nfailed: method=toy task=toy seed=7: no outcome")
+    assert "no outcome: TerminatedWorkerError" in err and err.count("\n") == 2
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"], ["-m", "hydra/launcher=joblib"]])

@@ -86,6 +86,24 @@ def test_hydra_state_of_the_caller_survives() -> None:
         ("hydra/launcher=joblip", ["hydra/launcher=joblip is unknown", "did you mean joblib?"]),
         ("hydra.launcher.foo=1", ["hydra.launcher.foo is not possible"]),
         ("method@method.base=ekfac", ["method@method.base=ekfac has no place here", "nests no other"]),
+        ("method.compression=logra", ["method.compression=logra is not possible", "write method/compression=logra"]),
+        ("+method.compression=logra", ["method.compression=logra is not possible", "write method/compression=logra"]),
+        ("method.compression=3", ["method.compression=3 is not possible: it is a choice; allowed: gaussian, ", "=..."]),
+        ("method.curvature=[kfac]", ["method.curvature=[kfac] is not possible: it is a choice; allowed: arnoldi, "]),
+        ("method.curvature=null", ["method.curvature=null is not possible: it is a choice; allowed: arnoldi, "]),
+        ("method.damping=0.1", ["method.damping=0.1 is not possible: it holds keys; write method.damping.value=0.1"]),
+        ("method.damping=1", ["method.damping=1 is not possible: it holds keys; write method.damping.value=1"]),
+        ("method.damping=null", ["method.damping=null is not possible; allowed: method.damping.rule=..., "]),
+        ("method.damping=trace", ["method.damping=trace is not possible; allowed: method.damping.rule=..., "]),
+        ("method.damping=${seed}", ["method.damping=0 is not possible: it holds keys"]),
+        ("task.corruption=0.1", ["task.corruption=0.1 is not possible", "write task.corruption.rate=0.1"]),
+        ("model.recipe=3", ["model.recipe=3 is not possible; allowed: model.recipe.optimizer=..., "]),
+        ("truth.lds=null", ["truth.lds=null is not possible; allowed: truth.lds.subsets=..., "]),
+        ("method.damping.value=inf", ["method.damping.value=inf is not possible; allowed: a finite number"]),
+        ("method.damping.value=-inf", ["method.damping.value=-inf is not possible; allowed: a finite number"]),
+        ("method.damping={value: nan}", ["method.damping.value=nan is not possible; allowed: a finite number"]),
+        ("model.recipe.betas=[0.9,inf]", ["model.recipe.betas=inf is not possible; allowed: a finite number"]),
+        ("truth.lds.fraction=1e999", ["truth.lds.fraction=inf is not possible; allowed: a finite number"]),
         ("task/nothing=ekfac", ["task/nothing=ekfac has no place here"]),
         ("methd=ekfac", ["methd is no key; allowed: ", "did you mean method?"]),
         ("task.n_trian=3", ["task.n_trian is no key; allowed: n_train, ", "did you mean n_train?"]),
@@ -149,6 +167,89 @@ def test_wrappers_nest() -> None:
     assert nested.method.base.base == default.method.base
     assert nested.choice["method@method.base"] == "self_influence"
     assert "method@method.base=foo is unknown" in refused("method=self_influence", "method@method.base=foo")
+
+
+PRECONDITIONER = "method/curvature@method.curvature.preconditioner"
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "kept"),
+    [
+        (["method=cg"], "method.curvature.preconditioner", {"matrix": "fisher"}),
+        (["method/curvature=cg"], "method.curvature.preconditioner", {"matrix": "fisher"}),
+        (["method=ekfac_cg"], "method.curvature.preconditioner", {"matrix": "ggn"}),
+        (["method=astra"], "method.curvature.preconditioner", {"matrix": "ggn"}),
+        (["method=self_influence", "method@method.base=cg"], "method.base.curvature.preconditioner", {}),
+    ],
+)
+def test_a_preconditioner_is_chosen_like_any_part(method: list[str], place: str, kept: dict[str, str]) -> None:
+    config = compose([DIGITS, *method, f"method/curvature@{place}=diagonal"])
+    check(config)
+    chosen = OmegaConf.select(config, place)
+    assert chosen._target_ == "methods.curvature.diagonal.Diagonal" and kept.items() <= chosen.items()
+
+
+def test_conjugate_gradients_have_no_preconditioner_unless_one_is_chosen() -> None:
+    plain, preconditioned = compose_all([[DIGITS, "method=cg"], [DIGITS, "method=ekfac_cg"]])
+    assert plain.method.curvature.preconditioner is None and plain.method.curvature.iterations == 200
+    assert preconditioned.method.curvature.preconditioner == {
+        "_target_": "methods.curvature.ekfac.EKFAC",
+        "matrix": "ggn",
+    }
+    assert compose([DIGITS, "method=cg", "method.curvature.preconditioner=null"]).method == plain.method
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.curvature.preconditioner=diagonal", " is not possible: it is a choice; write {}=diagonal"),
+        ("method.curvature.preconditioner=3", " is not possible: it is a choice; allowed: arnoldi, "),
+        ("method/curvature/preconditioner=diagonal", " has no place here; write {}=diagonal"),
+        ("method/curvature@preconditioner=diagonal", " has no place here; write {}=diagonal"),
+        ("method/curvature@method.base.curvature.preconditioner=kfac", " has no place here; write {}=kfac"),
+        ("+method/curvature@method.curvature.preconditioner", " is there already; leave out the +"),
+        ("method.curvature.preconditioner.matrix", " is no key; nothing is chosen there: write {}=..."),
+    ],
+)
+def test_a_mistaken_preconditioner_is_told_how_to_write_it(override: str, message: str) -> None:
+    given = override if "=" in override else f"{override}=ekfac"
+    assert refused("method=cg", given).startswith(override + message.format(PRECONDITIONER))
+
+
+def test_what_a_wrapper_nests_is_told_how_to_write_it() -> None:
+    assert refused("method=self_influence", "method.base=graddot").endswith("; write method@method.base=graddot")
+    assert refused("method=self_influence", "method/curvature=kfac").endswith(
+        "write method/curvature@method.base.curvature=kfac"
+    )
+    assert refused("method.compression.rank=3", "method.compression=logra").endswith("; write method/compression=logra")
+
+
+def test_parts_of_a_class_of_ones_own_are_no_single_values() -> None:
+    custom = [DIGITS, "method=custom", "method._target_=methods.influence.Influence"]
+    for curvature, damping, said in (
+        ("kfac", "0.1", "curvature=kfac is not possible; allowed: a Curvature by its _target_"),
+        (
+            "{_target_: methods.curvature.kfac.KFAC, matrix: ggn}",
+            "0.1",
+            "damping=0.1 is not possible; allowed: a Damping",
+        ),
+        (
+            "{_target_: methods.curvature.kfac.KFAC, matrix: ggn}",
+            "null",
+            "damping=null is not possible; allowed: a Damp",
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"^method\.{said}"):
+            check(compose([*custom, f"method.curvature={curvature}", f"method.damping={damping}"]))
+
+
+@pytest.mark.parametrize("modules", ["[0]", "layers.linear0"])
+def test_modules_are_patterns(modules: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(compose([DIGITS, f"method.modules={modules}"]))
+    assert str(error.value).startswith(
+        f"method.modules={modules} is not possible; allowed: a list of patterns such as [la"
+    )
 
 
 def test_custom_takes_any_key_and_the_signature_judges(module: str) -> None:

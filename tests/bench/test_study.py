@@ -332,7 +332,12 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.startswith(f"error: out={tmp_path / 'tables'} cannot be written")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["x=seed", "-h"]])
+def test_no_argument_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr() == ("", "error: x is missing; x=truth.lds.fraction, or another key that was swept\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["x=seed", "-h"]])
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 0
     assert "python -m bench.study x=truth.lds.fraction" in capsys.readouterr().out

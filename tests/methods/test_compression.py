@@ -498,6 +498,12 @@ def test_sparsity_below_one() -> None:
         SJLT(4, 0)
 
 
+def test_sparsity_above_the_dimension() -> None:
+    SJLT(4, 4)
+    with pytest.raises(UserError, match=r"^method\.compression\.sparsity=5 .*1 to method\.compression\.dimension=4$"):
+        SJLT(4, 5)
+
+
 @pytest.mark.parametrize("name", FLAT)
 def test_more_numbers_than_the_gradient_has(name: str) -> None:
     problem = problem_of(logistic())

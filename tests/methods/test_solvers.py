@@ -1,5 +1,6 @@
 """Every solver against dense float64 algebra on small problems: absolute scale, never a correlation."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from torch.func import functional_call
 from methods.base import Problem
 from methods.curvature.arnoldi import Arnoldi
 from methods.curvature.astra import ASTRA
-from methods.curvature.base import Curvature, unflat
+from methods.curvature.base import Curvature, positive, unflat
 from methods.curvature.cg import ConjugateGradients
 from methods.curvature.damping import Damping
 from methods.curvature.datainf import DataInf
@@ -153,10 +154,17 @@ def test_an_indefinite_hessian_is_refused_with_its_smallest_eigenvalue() -> None
     problem = problem_of(CASES["three_classes"]())
     smallest = torch.linalg.eigvalsh(hessian(problem))[0].item()
     assert smallest < -1e-3
-    with pytest.raises(UserError, match=rf"method\.damping\.value .*smallest eigenvalue .*{smallest:.2g}"[:60]):
+    keys = r"^method\.damping\.value and model\.recipe\.weight_decay \(if l2\) add"
+    with pytest.raises(UserError, match=keys) as told:
         scores(Dense("hessian", "global", 1.0), problem, Damping("absolute", 0.0, "global"))
-    with pytest.raises(UserError, match=r"method\.damping\.value .*positive definite"):
+    assert f"add {GAMMA:.3g} to the matrix (all), whose smallest eigenvalue is {smallest:.3g};" in str(told.value)
+    enough = re.search(r"from method\.damping\.rule=absolute method\.damping\.value=(\S+) upwards$", str(told.value))
+    assert enough and -smallest < float(enough[1]) < -1.2 * smallest
+    scores(Dense("hessian", "global", 1.0), problem, Damping("absolute", float(enough[1]), "global"))
+    with pytest.raises(UserError, match=keys + r" .* a curvature of -.*method\.damping\.value=") as told:
         scores(ConjugateGradients("hessian", 1e-10, 500), problem, Damping("absolute", 0.0, "global"))
+    met = re.search(r"a curvature of (\S+) in some direction", str(told.value))
+    assert met and smallest <= float(met[1]) * 0.99 and float(met[1]) < -GAMMA
 
 
 # --- factored --------------------------------------------------------------------------------------------------------
@@ -295,7 +303,9 @@ def test_the_matrix_itself_as_preconditioner_needs_one_step() -> None:
     itself = Dense("ggn", "global", 1.0)
     for one in (ConjugateGradients("ggn", 1e-12, 1, itself), ASTRA("ggn", itself, 1, None, 1.0)):
         assert close(scores(one, problem), oracle(problem), 1e-8)
-    with pytest.warns(UserWarning, match=r"conjugate gradients: \d of 5 vectors .* method\.curvature\.iterations=1"):
+    with pytest.warns(
+        UserWarning, match=r"conjugate gradients: \d of 5 vectors .* method\.curvature\.iterations=1; raise"
+    ):
         scores(ConjugateGradients("ggn", 1e-12, 1), problem)
 
 
@@ -472,6 +482,102 @@ def test_no_solver_warns_where_it_converged() -> None:
             warnings.simplefilter("always")
             scores(curvature, problem)
         assert not said, curvature
+
+
+@pytest.mark.parametrize(
+    ("solver", "keys"),
+    [
+        (ConjugateGradients("ggn", 1e-12, 1), ["method.curvature.iterations=1", "method=ekfac_cg"]),
+        (Neumann("ggn", 1e-12, 1, None), ["method.curvature.iterations=1"]),
+        (LiSSA("ggn", 3, 10, 1, None), ["method.curvature.depth=3", "method.curvature.batch_size=10"]),
+        (LiSSA("ggn", 3, 1000, 1, 100.0), ["method.curvature.depth=3"]),
+        (
+            ASTRA("ggn", Identity(), 3, 50, 0.01),
+            ["method.curvature.iterations=3", "method.curvature.batch_size=50"],
+        ),
+    ],
+)
+def test_a_solver_that_is_far_off_names_the_keys_to_raise(solver: Curvature, keys: list[str]) -> None:
+    problem = problem_of(vector_task([3, 3], rows=60))
+    with pytest.warns(UserWarning, match=r"; raise .*method\.damping\.value") as said:
+        scores(solver, problem, Damping("absolute", 1e-3, "global"))
+    (text,) = {str(one.message) for one in said}
+    assert all(key in text for key in keys) and ("batch_size" in text) == any("batch_size" in key for key in keys)
+
+
+def test_the_noise_of_batches_is_named_where_iterations_diverge() -> None:
+    problem = problem_of(vector_task([3, 3], rows=60))
+    for size, named in (
+        (10, "method.curvature.scale=0.01, method.curvature.batch_size=10, or "),
+        (60, "scale=0.01, or "),
+    ):
+        with pytest.raises(ArithmeticError, match=rf"diverged.*{named}method\.damping\.value"):
+            scores(LiSSA("ggn", 200, size, 1, 0.01), problem)
+    with pytest.raises(ArithmeticError, match=r"LiSSA diverged.*raise method\.curvature\.batch_size=2, .*depth=10 or"):
+        scores(LiSSA("ggn", 10, 2, 1, 0.3), problem)
+
+
+def unregularised(name: str) -> Problem:
+    task = CASES[name]()
+    return problem_of(replace(task, recipe=replace(task.recipe, weight_decay=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("curvature", "what"),
+    [
+        (EKFAC("ggn"), "EK-FAC's block layers.1"),
+        (Dense("ggn", "global", 1.0), "the matrix (all)"),
+        (ConjugateGradients("ggn", 1e-6, 50), "the matrix"),
+        (Nystrom("ggn", 5), "Nyström's matrix"),
+    ],
+)
+def test_a_singular_system_names_both_keys_and_what_to_take(curvature: Curvature, what: str) -> None:
+    problem = unregularised("three_classes")
+    for damping in (Damping("absolute", 0.0, "global"), Damping("mean_eigenvalue", 0.0, "block")):
+        with pytest.raises(UserError) as told:
+            scores(curvature, problem, damping)
+        start = f"method.damping.value and model.recipe.weight_decay (if l2) leave {what} singular: they add 0"
+        assert str(told.value).startswith(start)
+        assert str(told.value).endswith("; take method.damping.value=1e-3 or more")
+        scores(curvature, problem, replace(damping, value=1e-3))
+
+
+def test_a_negative_ritz_value_says_how_much_damping_is_enough() -> None:
+    problem = unregularised("three_classes")
+    smallest = torch.linalg.eigvalsh(hessian(problem))[0].item()
+    size = sum(b.size for b in blocks_of(problem.model()))
+    with pytest.raises(
+        UserError, match=r"leave Arnoldi's matrix singular: they add 0 to a smallest eigenvalue of -.* is enough$"
+    ) as told:
+        scores(Arnoldi("hessian", size, size), problem, Damping("mean_eigenvalue", 0.0, "global"))
+    enough = re.search(r"method\.damping\.rule=absolute method\.damping\.value=(\S+) is enough", str(told.value))
+    assert enough and float(enough[1]) > -smallest
+    scores(Arnoldi("hessian", size, size), problem, Damping("absolute", float(enough[1]), "global"))
+
+
+def test_relative_damping_of_nothing_is_told_to_be_absolute() -> None:
+    with pytest.raises(
+        UserError, match=r"leave it singular: .*; take method\.damping\.rule=absolute method\.damping\.v"
+    ):
+        positive(0.0, 0.0, 0.0, "it")
+
+
+def test_a_rank_above_the_iterations_names_both_keys() -> None:
+    with pytest.raises(UserError, match=r"^method\.curvature\.rank=30 is above method\.curvature\.iterations=20; "):
+        Arnoldi("ggn", 30, 20)
+
+
+def test_modules_that_match_nothing_are_answered_by_a_few_names() -> None:
+    model = problem_of(CASES["bert"]()).model()
+    names = [name for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    assert len(names) > 10
+    for asked, shown in ((["nothing"], "nothing"), ([], "[]")):
+        with pytest.raises(UserError) as told:
+            blocks_of(model, asked)
+        allowed = f"{', '.join(names[:7])}, {len(names) - 8} more, {names[-1]}"
+        assert str(told.value).startswith(
+            f"method.modules={shown} matches no module; allowed: {allowed}; patterns with *"
+        )
 
 
 @pytest.mark.parametrize("residual", [1.01, torch.nan])
