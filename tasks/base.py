@@ -188,8 +188,9 @@ class Objective(Protocol):
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S (B, O, R) with S Sᵀ = ∂²loss/∂outputs² of each example."""
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets drawn from the model's own predictive distribution, as in the true Fisher."""
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Targets drawn from the model's own predictive distribution, as in the true Fisher: its quantiles at these
+        numbers from [0, 1), one a target, so that an example's draw depends on no other example."""
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """How good the outputs are, named (`accuracy`, `r2`, ...)."""

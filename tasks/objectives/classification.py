@@ -45,8 +45,9 @@ class Classification:
         root = vectors * values.clamp_min(0).sqrt()[..., None, :]
         return root[..., 1:].to(outputs.dtype)  # eigh sorts upwards: column 0 is the null vector
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(outputs.softmax(-1), 1, generator=generator)[:, 0]
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        below = outputs.double().softmax(-1).cumsum(-1) <= uniforms[..., None]
+        return below.sum(-1).clamp(max=outputs.shape[-1] - 1)  # the last sum may round to less than 1
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         return {"accuracy": (outputs.argmax(-1) == targets).double().mean().item()}

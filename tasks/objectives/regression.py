@@ -35,9 +35,9 @@ class Regression:
     def hessian_root(self, outputs: Tensor) -> Tensor:
         return torch.ones_like(outputs)[..., None]
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(outputs.shape[:-1], generator=generator, dtype=outputs.dtype, device=outputs.device)
-        return outputs[..., 0] + noise
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        edge = torch.finfo(uniforms.dtype).eps  # 0 and 1 are infinitely far
+        return outputs[..., 0] + torch.special.ndtri(uniforms.clamp(edge, 1 - edge))
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """r2 = 1 − SSE/SST, undefined (NaN or −∞) where the targets are all one; rmse in units of the targets."""

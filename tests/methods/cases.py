@@ -13,7 +13,7 @@ from methods.base import Problem
 from methods.curvature.base import Fitted
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import BATCH, Factors, flat
+from methods.gradients.per_example import Factors, flat
 from tasks.base import Checkpoint, Examples, Objective, Recipe, Task, Trajectory
 from tasks.models.encoder import build_bert
 from tasks.models.mlp import Perceptron
@@ -360,9 +360,10 @@ def labels(problem: Problem, fisher: str, use: str) -> Tensor:
     if fisher == "empirical":
         return problem.train.targets
     rng, model, found = problem.generator("fisher", use), explained(problem), problem.train.targets.clone()
-    for index in problem.train.batches(BATCH):
-        outputs = problem.task.outputs(model, problem.train.batch(index))
-        found[index] = problem.task.objective.sample(outputs.detach(), rng)
+    uniforms = torch.rand(found.shape, generator=rng, dtype=torch.float64)
+    for i in range(len(found)):
+        outputs = problem.task.outputs(model, problem.train.batch([i]))
+        found[i] = problem.task.objective.sample(outputs.detach(), uniforms[i : i + 1])[0]
     return found
 
 

@@ -67,9 +67,8 @@ class NextTokens:
         eye = torch.eye(outputs.shape[1], dtype=outputs.dtype)
         return torch.einsum("btvr,ts->btvsr", root, eye).flatten(3)
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = torch.multinomial(outputs.flatten(0, 1).softmax(-1), 1, generator=generator)
-        return drawn.view(outputs.shape[:2])
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return Classification(self.vocabulary).sample(outputs, uniforms)
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         return {"loss": self.loss(outputs, targets).mean().item()}

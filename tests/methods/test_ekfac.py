@@ -212,8 +212,8 @@ def test_factors_and_eigenvalues_have_draws_of_their_own(monkeypatch: pytest.Mon
     drawn: list[Tensor] = []
     original = Classification.sample
 
-    def noting(self: Classification, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        drawn.append(original(self, outputs, generator))
+    def noting(self: Classification, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        drawn.append(original(self, outputs, uniforms))
         return drawn[-1]
 
     monkeypatch.setattr(Classification, "sample", noting)
@@ -227,6 +227,17 @@ def test_factors_and_eigenvalues_have_draws_of_their_own(monkeypatch: pytest.Mon
     (h,), (once,) = dense(found).values(), ekfac(problem, "fisher", ("factors", "factors")).values()
     assert far(h, once)
     assert close(h, ekfac(problem, "fisher")["layers.0"])
+
+
+@pytest.mark.parametrize("case", [three_classes, bert])
+def test_sampled_labels_do_not_depend_on_batches(case: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = case()  # type: ignore[operator]
+    expected = fitted(problem_of(task))
+    monkeypatch.setattr("methods.gradients.per_example.BATCH", 5)
+    monkeypatch.setattr("methods.gradients.per_example.FEWEST", 1)
+    found = fitted(problem_of(task))
+    for name, values in expected.eigenvalues.items():
+        assert close(found.eigenvalues[name], values), name
 
 
 def test_draws_are_seeded_by_the_run() -> None:

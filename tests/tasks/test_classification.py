@@ -54,13 +54,17 @@ def test_hessian_root_stands_certainty() -> None:
 
 def test_samples_come_from_the_predictive_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64)
-    drawn = OBJECTIVE.sample(logits.expand(20_000, C), torch.Generator().manual_seed(1))
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = OBJECTIVE.sample(logits.expand(20_000, C), uniforms)
     frequency = torch.bincount(drawn, minlength=C).double() / 20_000
     torch.testing.assert_close(frequency, logits.softmax(1)[0], rtol=0, atol=4 * 0.5 / 20_000**0.5)
-    again = OBJECTIVE.sample(logits.expand(20_000, C), torch.Generator().manual_seed(1))
-    assert torch.equal(drawn, again)
-    apart = OBJECTIVE.sample(50 * torch.eye(C), torch.Generator().manual_seed(2))
+    order = torch.randperm(20_000, generator=torch.Generator().manual_seed(2))
+    again = OBJECTIVE.sample(logits.expand(20_000, C), uniforms[order])
+    assert torch.equal(drawn[order], again), "an example's draw depends on its own number only"
+    apart = OBJECTIVE.sample(50 * torch.eye(C), torch.rand(C))
     assert apart.tolist() == list(range(C)), "each row from its own distribution"
+    edges = OBJECTIVE.sample(torch.zeros(2, C), torch.tensor([0.0, 1.0]))
+    assert edges.tolist() == [0, C - 1], "float32 may round a number below 1 up"
 
 
 def test_fitness_is_accuracy() -> None:

@@ -58,12 +58,12 @@ def test_a_loss_is_a_function_of_its_measurement(classes: int, scale: float) -> 
 
 def test_samples_have_the_models_mean_and_variance_1() -> None:
     outputs = torch.tensor([[-2.0], [5.0]], dtype=torch.float64)
-    drawn = OBJECTIVE.sample(outputs.repeat(20_000, 1), torch.Generator().manual_seed(3)).view(-1, 2)
+    uniforms = torch.rand(40_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    drawn = OBJECTIVE.sample(outputs.repeat(20_000, 1), uniforms).view(-1, 2)
     assert drawn.dtype == torch.float64
     torch.testing.assert_close(drawn.mean(0), outputs[:, 0], rtol=0, atol=4 / 20_000**0.5)
     torch.testing.assert_close(drawn.var(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=4 * (2 / 20_000) ** 0.5)
-    again = OBJECTIVE.sample(outputs.repeat(20_000, 1), torch.Generator().manual_seed(3)).view(-1, 2)
-    assert torch.equal(drawn, again)
+    assert OBJECTIVE.sample(outputs, torch.tensor([0.0, 1.0])).isfinite().all()
 
 
 def test_fitness() -> None:
