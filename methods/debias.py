@@ -32,6 +32,10 @@ class Debias(Method):
     def calibrated(self) -> bool:  # type: ignore[override]
         return self.beta == 0 and self.normalise == "none" and self.base.calibrated
 
+    @property
+    def signed(self) -> bool:  # type: ignore[override]
+        return self.beta == 0 and self.base.signed  # what training moved is not what an example is worth
+
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         scores = self._scaled(self.base.attribute(problem, queries))
         if self.beta == 0:

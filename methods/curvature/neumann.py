@@ -59,20 +59,23 @@ class FittedNeumann(InPlace):
         vectors = self.operator.vectors(rotated)
         scale = MARGIN * self.operator.largest(shift) if settings.scale is None else settings.scale
 
-        def residual(x: Tensor) -> Tensor:
-            return vectors - self.operator.times(x) - shift * x
-
         x = vectors / scale
+        going = torch.arange(len(vectors), device=vectors.device)  # a vector is done whatever the others are
         for _ in range(settings.iterations):
-            r = residual(x)
+            r = self._residual(x[going], vectors[going], shift)
             still_converging(x, vectors, shift, f"method.curvature.scale={scale:.3g}")
-            if relative(r, vectors).max() <= settings.tolerance:
+            left = relative(r, vectors[going]) > settings.tolerance
+            going = going[left]
+            if not len(going):
                 break
-            x = x + r / scale
+            x[going] += r[left] / scale
         else:
             remedy = f"method.curvature.iterations={settings.iterations} or method.damping.value"
-            say_how_far(relative(residual(x), vectors), "the Neumann series", remedy)
+            say_how_far(relative(self._residual(x, vectors, shift), vectors), "the Neumann series", remedy)
         return unflat(self.operator.source.blocks, x)
+
+    def _residual(self, x: Tensor, vectors: Tensor, shift: float) -> Tensor:
+        return vectors - self.operator.times(x) - shift * x
 
 
 def still_converging(x: Tensor, vectors: Tensor, shift: float, what: str) -> None:

@@ -284,6 +284,16 @@ def test_iterations_end_at_the_exact_answer(name: str, solver: str) -> None:
     assert far(oracle(problem, None, -DELTA), expected)  # damping of the wrong sign
 
 
+@pytest.mark.parametrize("solver", [ConjugateGradients("ggn", 0.05, 500), Neumann("ggn", 0.05, 20_000, None)])
+def test_a_vector_is_done_whatever_the_others_are(solver: Any) -> None:
+    """At a loose tolerance, where a step more would show."""
+    problem = problem_of(CASES["three_classes"]())
+    queries, method = problem.task.splits["query"], Influence(solver, Damping("absolute", DELTA, "global"))
+    together = method.attribute(problem, queries)
+    alone = torch.cat([method.attribute(problem, queries.select([q])) for q in range(len(queries))])
+    assert close(together, alone, 1e-9)
+
+
 @pytest.mark.parametrize("solver", ["cg", "ekfac_cg"])
 def test_conjugate_gradients_on_sequences(solver: str) -> None:
     problem = problem_of(CASES["bert"]())
