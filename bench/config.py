@@ -37,7 +37,8 @@ CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names:
 DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
 EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for every block"}  # by argument's name
-PATHS = (("task", "data_dir"), ("model", "path"), ("method", "path"))  # their content is fingerprinted instead
+# Their content is fingerprinted instead, or decides nothing.
+PATHS = (("task", "data_dir"), ("model", "path"), ("method", "path"), ("method", "store"))
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, AssertionError)  # what Hydra raises for a wrong config
 
 Config = dict[str, Any]

@@ -212,7 +212,7 @@ def _judge(
         "peak_memory_bytes": peak.bytes,
         "trainings": problem.meter.trainings,
         "gradients": problem.meter.gradients,
-        "stored_bytes": sum(a.nbytes for a in kept.scores.values()),
+        "stored_bytes": sum(a.nbytes for a in kept.scores.values()) + problem.meter.stored_bytes,
     }
 
 

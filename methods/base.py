@@ -26,6 +26,7 @@ class Meter:
     trained: set[int] = field(default_factory=set)  # seeds of the trainings
     seconds_of_trainings: float = 0.0
     seconds_of_fits: float = 0.0  # of fits that an earlier run made
+    stored_bytes: int = 0  # on disk, of a store of gradients
 
     @property
     def trainings(self) -> int:

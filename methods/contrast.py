@@ -36,3 +36,6 @@ class Contrast(Method):
 
     def unmet(self, task: Task) -> str | None:
         return super().unmet(task) or self.base.unmet(task)
+
+    def inputs(self) -> dict[str, str]:
+        return self.base.inputs()

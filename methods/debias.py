@@ -55,3 +55,6 @@ class Debias(Method):
 
     def unmet(self, task: Task) -> str | None:
         return self.base.unmet(task)
+
+    def inputs(self) -> dict[str, str]:
+        return self.base.inputs()

@@ -63,3 +63,6 @@ class Denoise(Method):
                 hint="raise model.recipe.checkpoints or take null for all",
             )
         return self.base.unmet(task)
+
+    def inputs(self) -> dict[str, str]:
+        return self.base.inputs()

@@ -45,3 +45,6 @@ class Ensemble(Method):
 
     def unmet(self, task: Task) -> str | None:
         return self.base.unmet(task)
+
+    def inputs(self) -> dict[str, str]:
+        return self.base.inputs()

@@ -17,6 +17,7 @@ from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import Factors, Gradient, norms, sum_of_products
 from methods.gradients.source import Source
 from methods.gradients.tokens import by_token
+from methods.store import stored
 from tasks.base import Examples
 from tasks.errors import UserError
 
@@ -38,7 +39,9 @@ class Influence(Method):
     γ is the recipe's own L2 term, `modules` the patterns of the blocks that are covered (null: all). With a compression
     S, gradients are Sg throughout and H is S H Sᵀ. `precision` bf16 rounds the factors of training gradients before
     they are rotated and multiplied out (queries, covariances and eigendecompositions stay as they are).
-    `query_rank` keeps so many singular values of each preconditioned query's blocks (see low_rank_queries).
+    `query_rank` keeps so many singular values of each preconditioned query's blocks (see low_rank_queries). `store` is
+    a folder that keeps compressed training gradients: with a curvature of matrix=empirical, another set of queries pays
+    for its own gradients only.
     """
 
     curvature: Curvature
@@ -48,6 +51,7 @@ class Influence(Method):
     compression: Compression = Uncompressed()  # noqa: RUF009
     precision: str = "float32"
     query_rank: int | None = None
+    store: str | None = None
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
@@ -86,8 +90,8 @@ class Influence(Method):
                 asked = [truncated(g, self.query_rank) for g in solved]
             if source.products is not None:
                 asked = [g.to(source.products) for g in asked]
+            problem.meter.gradients += source.made(problem.train, task.objective.loss)
             for index, found in source.gradients(problem.train, task.objective.loss):
-                problem.meter.gradients += len(index)
                 found = source.rounded(found)
                 product = -torch.stack([g.times(f).double().cpu() for g, f in zip(asked, found, strict=True)]).sum(0)
                 if self.similarity != "dot":
@@ -101,8 +105,8 @@ class Influence(Method):
             raise Unsupported("the cosine of a gradient with itself is 1")
         task, (source, fitted) = problem.task, self._fit(problem, [problem.train])
         values = torch.empty(len(problem.train), dtype=torch.float64)
+        problem.meter.gradients += source.made(problem.train, task.objective.loss)
         for index, found in source.gradients(problem.train, task.objective.loss):
-            problem.meter.gradients += len(index)
             squared, solved = self._itself(fitted, found, task.recipe.l2)
             if self.similarity == "relatif":
                 squared = squared.sqrt()
@@ -179,9 +183,11 @@ class Influence(Method):
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
             source = Source(problem.task, model, tuple(blocks))
             source = replace(source, squeeze=self.compression.fit(problem, source))
+            if self.store is not None:
+                source = stored(problem, source, self.store, (self.compression, self.modules))
             if self.precision == "bf16":
                 source = replace(source, products=torch.bfloat16)
             return source, self.curvature.fit(problem, source)
 
-        key = (self.curvature, self.compression, self.modules, self.precision, *(e.ids for e in data))
+        key = (self.curvature, self.compression, self.modules, self.precision, self.store, *(e.ids for e in data))
         return problem.fitted(key, made, keep=lambda made: made[1].standalone)

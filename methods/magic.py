@@ -77,8 +77,8 @@ def _measurements(problem: Problem, run: Replay, state: State, queries: Examples
 
 def _require_same(found: Parameters, wanted: Parameters) -> None:
     """The replay must end where the explained run did, up to rounding."""
-    missed = sum((found[name] - p).square().sum() for name, p in wanted.items())
-    apart = (missed / sum(p.square().sum() for p in wanted.values())).sqrt().item()
+    missed = sum((found[name] - p).square().sum().item() for name, p in wanted.items())
+    apart = (missed / sum(p.square().sum().item() for p in wanted.values())) ** 0.5
     if not apart < 1e-3:
         raise ArithmeticError(
             f"the replayed training ends elsewhere than the explained one (by {apart:.1e} of its norm): it is not "

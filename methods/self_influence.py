@@ -19,3 +19,6 @@ class SelfInfluence(Method):
 
     def unmet(self, task: Task) -> str | None:
         return self.base.unmet(task)
+
+    def inputs(self) -> dict[str, str]:
+        return self.base.inputs()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.gradients.blocks import Block
-from methods.gradients.per_example import Factors, Gradient, Scalar, gradients, output_gradients, plain
+from methods.gradients.per_example import Factors, Gradient, Scalar, gradients, output_gradients, plain, together
 from tasks.base import Examples, Task
 
 Rounded = TypeVar("Rounded", Factors, Gradient)
@@ -28,13 +28,14 @@ class Squeeze(Protocol):
 @dataclass(frozen=True)
 class Source:
     """Gradients of one model by `covered`, its own blocks; after `squeeze`, where there is one. `products`: see
-    `rounded`."""
+    `rounded`. `kept` gives those of the training losses, in batches of a size, where they lie on disk."""
 
     task: Task
     model: nn.Module
     covered: tuple[Block, ...]
     squeeze: Squeeze | None = None
     products: torch.dtype | None = None
+    kept: Callable[[int], Iterator[tuple[Tensor, list[Factors]]]] | None = None
 
     def rounded(self, found: Sequence[Rounded]) -> list[Rounded]:
         """Factors or gradients in the dtype of the heavy products, the model's own where `products` is None."""
@@ -54,9 +55,17 @@ class Source:
         self, examples: Examples, of: Scalar, batch_size: int | None = None
     ) -> Iterator[tuple[Tensor, list[Factors]]]:
         """Batch after batch: the row indices and each block's factors of the gradients of `of(outputs, targets)`."""
+        if self.kept is not None and self.made(examples, of) == 0:
+            yield from self.kept(batch_size or together(self.blocks))
+            return
         size = {} if batch_size is None else {"batch_size": batch_size}
         for index, found in gradients(self.task, self.model, examples, self.covered, of, **size):
             yield index, self._squeezed(found)
+
+    def made(self, examples: Examples, of: Scalar) -> int:
+        """How many gradients it takes to give these: none where they are kept."""
+        kept = self.kept is not None and examples is self.task.train and of == self.task.objective.loss
+        return 0 if kept else len(examples)
 
     def columns(self, examples: Examples) -> Iterator[tuple[Tensor, list[list[Factors]]]]:
         """The Gauss–Newton root: for each column r of S, S Sᵀ = ∂²ℓ/∂outputs², the factors of Jᵀ S[:, :, r]."""

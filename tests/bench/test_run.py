@@ -46,8 +46,14 @@ FEWER = {  # steps, where many small ones are taken: their answers are tested be
     "neumann": ["method.curvature.iterations=30"],
     "astra": ["method.curvature.iterations=20"],
     "ekfac_cg": ["method.curvature.tolerance=0.1"],
+    "oporp_datainf": ["method.compression.dimension=512"],
+    "bif": ["method.chains=2", "method.draws=20", "method.burn_in=10", "method.thin=2"],
+    "ensemble": ["method.k=2"],
+    "trak": ["method.k=2"],
+    "loss_covariance": ["method.k=3"],
+    "exact_hessian": ["method.damping.value=1.0"],
 }
-METHODS = [m for m in configuration.choices("method") if m not in ("custom",)]
+METHODS = [m for m in configuration.choices("method") if m not in ("custom", "from_file")]
 
 
 @pytest.mark.parametrize("method", METHODS)
