@@ -56,18 +56,53 @@ FEWER = {  # steps, where many small ones are taken: their answers are tested be
 METHODS = [m for m in configuration.choices("method") if m not in ("custom", "from_file")]
 
 
+CANNOT = {  # method: a word of the reason
+    "digits": {"tfidf": "texts", "tracin_adam": "Adam"},
+    "sentiment": {"source": "SGD"},
+    "regression": {"tfidf": "texts", "same_label": "labels", "contrast": "labels", "tracin_adam": "Adam"},
+}
+REGRESSION = [
+    "task=tabular", "task.data=diabetes", "model=mlp_tabular", "model.recipe.epochs=10", "task.n_query=8",
+]  # fmt: skip
+SMALLER = {  # what takes long, or is refused, at the preset's size
+    "sentiment": {"exact_hessian": ["method.modules=[head]"], "block_ggn": ["method.modules=[head]"]},
+    "regression": {
+        "exact_hessian": ["method.modules=[layers.linear2]", "method.damping.value=1.0"],
+        "lissa": ["method.curvature.batch_size=300"],
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ground", ["sentiment", "regression"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_texts_and_on_a_regression(method: str, ground: str, tmp_path: Path) -> None:
+    settings = SENTIMENT if ground == "sentiment" else REGRESSION
+    smaller = SMALLER[ground].get(method, [])
+    changed = {s.partition("=")[0] for s in smaller}
+    fewer = [s for s in FEWER.get(method, []) if s.partition("=")[0] not in changed]
+    outcome = run(compose(tmp_path, *settings, f"method={method}", *fewer, *smaller, "evaluation=[]"))
+    if method in CANNOT[ground]:
+        assert outcome.status == "unsupported" and CANNOT[ground][method] in str(outcome.reason)
+        return
+    assert outcome.status in ("ok", "unfit"), outcome.reason
+    scores, ids = records.read_scores(Path(str(outcome.folder)))
+    assert scores and all(np.isfinite(s).all() and np.ptp(s) > 0 for s in scores.values())
+    assert all(s.shape[-1] == len(ids["train"]) for s in scores.values())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_digits(method: str, digits_out: Path) -> None:
     evaluation = "evaluation=[lds,loo,detection]"
     outcome = run(
         compose(digits_out, *DIGITS, f"method={method}", *FEWER.get(method, []), evaluation, "task.corruption.rate=0.1")
     )
-    expected = "unsupported" if method == "tfidf" else "ok"
+    expected = "unsupported" if method in CANNOT["digits"] else "ok"
     assert outcome.status in (expected, "unfit"), outcome.reason
     assert outcome.folder is not None
     record = records.read(Path(outcome.folder))
     if outcome.status == "unsupported":
-        assert "texts" in record["reason"] and record["metrics"] == {}
+        assert CANNOT["digits"][method] in record["reason"] and record["metrics"] == {}
         return
     for name, metric in record["metrics"].items():
         assert metric["value"] is not None, name
