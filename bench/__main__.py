@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,22 @@ def _dispatch(argv: list[str]) -> int:
         overrides.append(f"hydra.searchpath=[{_quoted(f'file://{Path(options.config_dir).absolute()}')}]")
     if options.hydra_help or options.shell_completion or options.cfg or options.info:
         return _show(options, argv, overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if options.multirun:
+            raise UserError("-m", None, "goes with one process", hint="start torchrun once for each run")
+        return shared(overrides)
     return sweep(overrides) if options.multirun else single(overrides)
+
+
+def shared(overrides: Sequence[str]) -> int:
+    """One run by all processes of torchrun; the first one reports it and writes the record."""
+    from methods.gradients.sharding import first, joined
+
+    with joined():
+        if first():
+            return single(overrides)
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return single(overrides)
 
 
 def single(overrides: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """What a run says while it works, on stderr: which phase, how far, how long it took and will take."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,19 @@ from dataclasses import dataclass, field
 
 EVERY = 10.0  # seconds between two lines where stderr is no terminal
 WORTH_TELLING = 5  # finished parts from which a forecast is made: the first ones pay for the start of the workers
+
+
+@contextmanager
+def still_at_it(label: str) -> Iterator[None]:
+    """Says so, once, of what takes long and cannot tell how far it is."""
+    line = f"  {label}: still at it after {EVERY:.0f} s"
+    timer = threading.Timer(EVERY, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @dataclass

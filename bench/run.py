@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from bench import config as configuration
 from bench import records
-from bench.console import Console
+from bench.console import Console, still_at_it
 from bench.evaluations.base import Case, Evaluation, NotApplicable, Unfit
 from bench.memory import Peak
 from bench.plan import planned_work
 from methods.base import Fits, Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
+from methods.gradients.sharding import first, summed
 from tasks.base import Task, Trajectory
 from tasks.errors import UserError
 from tasks.training.engines import Executor
@@ -108,6 +109,8 @@ def run(config: DictConfig) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         record |= {"status": "failed", "reason": configuration.one_line(error), "traceback": traceback.format_exc()}
+    if not first():
+        return Outcome(record["status"], None, record["reason"], task.name, False)
     record["provenance"] = provenance(config, started)
     folder = records.write(
         out,
@@ -202,6 +205,8 @@ def _judge(
     if not kept.scores and record["status"] == "ok":
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
     attributed = console.seconds.get("attribution", 0.0)
+    gradients = torch.tensor([float(problem.meter.gradients)], dtype=torch.float64)
+    summed([gradients])  # of all processes
     record["cost"] = {
         "seconds": attributed + problem.meter.seconds_of_trainings + problem.meter.seconds_of_fits,
         "phases": {
@@ -211,7 +216,7 @@ def _judge(
         },
         "peak_memory_bytes": peak.bytes,
         "trainings": problem.meter.trainings,
-        "gradients": problem.meter.gradients,
+        "gradients": int(gradients.item()),
         "stored_bytes": sum(a.nbytes for a in kept.scores.values()) + problem.meter.stored_bytes,
     }
 
@@ -235,7 +240,7 @@ def _scorers(
     def made(key: str, label: str, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> np.ndarray:
         if key not in kept.scores:
             started = time.perf_counter()
-            with peak.measured(), torch.random.fork_rng(devices=[]):
+            with peak.measured(), torch.random.fork_rng(devices=[]), still_at_it(label):
                 torch.manual_seed(0)
                 scores = make()
             if tuple(scores.shape) != shape:

@@ -3,13 +3,11 @@
 Parts `solvers`, `logra`, `memory` and `precision` of `python -m bench.speed`, on one thread.
 """
 
-import ctypes
-import gc
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -186,7 +184,6 @@ def memory(task: Task, sizes: Sequence[int] = SIZES) -> list[str]:
     added: list[float] = []
     for n in sizes:
         problem, peak = problem_of(_with(task, repeated(task.train, n))), Peak()
-        _give_back()
         with peak.measured():
             seconds, scores = _timed(partial(method.attribute, problem, queries))
         if peak.bytes is None:
@@ -215,13 +212,6 @@ def repeated(examples: Examples, n: int) -> Examples:
 
 def _with(task: Task, train: Examples) -> Task:
     return replace(task, splits={**task.splits, "train": train}, annotations=None)
-
-
-def _give_back() -> None:
-    """Free memory goes back to the system, where it can be told to: a peak should not be hidden in it."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _ekfac() -> Influence:

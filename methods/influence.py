@@ -1,6 +1,6 @@
 """Influence functions: gradients × compression × curvature × similarity. Most methods are a point in this product."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
 from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import Factors, Gradient, norms, sum_of_products
+from methods.gradients.sharding import mine, share, summed
 from methods.gradients.source import Source
 from methods.gradients.tokens import by_token
 from methods.store import stored
@@ -75,7 +76,7 @@ class Influence(Method):
         source, fitted = self._fit(
             problem, [problem.train, queries] if self.similarity == "cosine" else [problem.train]
         )
-        scores = torch.empty(len(queries), len(problem.train), dtype=torch.float64)
+        scores = torch.zeros(len(queries), len(problem.train), dtype=torch.float64)
         size = source.size * next(source.model.parameters()).element_size()
         for rows in torch.arange(len(queries)).split(max(1, GRADIENT_BYTES // size)):
             problem.meter.gradients += len(rows)
@@ -90,29 +91,29 @@ class Influence(Method):
                 asked = [truncated(g, self.query_rank) for g in solved]
             if source.products is not None:
                 asked = [g.to(source.products) for g in asked]
-            problem.meter.gradients += source.made(problem.train, task.objective.loss)
-            for index, found in source.gradients(problem.train, task.objective.loss):
+            for index, found in _own(problem, source):
                 found = source.rounded(found)
                 product = -torch.stack([g.times(f).double().cpu() for g, f in zip(asked, found, strict=True)]).sum(0)
                 if self.similarity != "dot":
                     product /= self._length(fitted, found, task.recipe.l2)
                 product /= lengths[:, None] if self.similarity == "cosine" else len(problem.train)
                 scores[rows[:, None], index] = product
+        summed([scores])
         return scores
 
     def value(self, problem: Problem) -> Tensor:
         if self.similarity == "cosine":
             raise Unsupported("the cosine of a gradient with itself is 1")
         task, (source, fitted) = problem.task, self._fit(problem, [problem.train])
-        values = torch.empty(len(problem.train), dtype=torch.float64)
-        problem.meter.gradients += source.made(problem.train, task.objective.loss)
-        for index, found in source.gradients(problem.train, task.objective.loss):
+        values = torch.zeros(len(problem.train), dtype=torch.float64)
+        for index, found in _own(problem, source):
             squared, solved = self._itself(fitted, found, task.recipe.l2)
             if self.similarity == "relatif":
                 squared = squared.sqrt()
             elif self.similarity == "theta_relatif":
                 squared = squared / norms(solved).double().cpu()
             values[index] = -squared / len(problem.train)
+        summed([values])
         return values
 
     def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
@@ -183,6 +184,13 @@ class Influence(Method):
             blocks = with_rows_in_use(problem.task, model, blocks_of(model, self.modules), data)
             source = Source(problem.task, model, tuple(blocks))
             source = replace(source, squeeze=self.compression.fit(problem, source))
+            if self.query_rank is not None and all(min(b.shape) == 1 for b in source.blocks):
+                raise UserError(
+                    "method.query_rank",
+                    self.query_rank,
+                    "has no effect: no block of these gradients is a matrix",
+                    hint="take null, or a method/compression that works layer by layer",
+                )
             if self.store is not None:
                 source = stored(problem, source, self.store, (self.compression, self.modules))
             if self.precision == "bf16":
@@ -191,3 +199,16 @@ class Influence(Method):
 
         key = (self.curvature, self.compression, self.modules, self.precision, self.store, *(e.ids for e in data))
         return problem.fitted(key, made, keep=lambda made: made[1].standalone)
+
+
+def _own(problem: Problem, source: Source) -> Iterator[tuple[Tensor, list[Factors]]]:
+    """This process's share of the training gradients, by their rows in the whole; all of them where it is alone."""
+    loss = problem.task.objective.loss
+    if source.kept is not None:
+        yield from share(source.gradients(problem.train, loss))
+        return
+    rows = mine(len(problem.train))
+    train = problem.train if rows is None else problem.train.select(rows)
+    for index, found in source.gradients(train, loss):
+        problem.meter.gradients += len(index)
+        yield (index if rows is None else rows[index]), found

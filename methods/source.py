@@ -12,6 +12,7 @@ from methods.curvature.kfac import covariances
 from methods.curvature.root import ROOTED, columns, require_matrix
 from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import Gradient, inner, plain
+from methods.gradients.sharding import mine
 from methods.gradients.source import Source
 from tasks.base import Checkpoint, Examples, Task
 from tasks.errors import require
@@ -89,7 +90,7 @@ class SOURCE(Method):
 
         def stream(use: str):  # type: ignore[no-untyped-def]
             for c, source in enumerate(sources):
-                yield from columns(problem, source, self.matrix, f"{use} {k} {c}")
+                yield from columns(problem, source, self.matrix, f"{use} {k} {c}", mine(len(problem.train)))
 
         sums = covariances(blocks, stream("factors"))
         bases = {

@@ -8,6 +8,7 @@ import torch
 from methods.base import Problem
 from methods.curvature.eigenbasis import Basis, Eigenbases, second_moments
 from methods.curvature.root import ROOTED, columns, require_matrix
+from methods.gradients.sharding import mine
 from methods.gradients.source import Source
 
 
@@ -23,7 +24,7 @@ class Diagonal:
 
     def fit(self, problem: Problem, source: Source) -> Eigenbases:
         bases = {b.name: Basis() for b in source.blocks}
-        stream = columns(problem, source, self.matrix, "eigenvalues")
+        stream = columns(problem, source, self.matrix, "eigenvalues", mine(len(problem.train)))
         return Eigenbases(
             "the diagonal", source.blocks, bases, second_moments(len(problem.train), bases, source, stream)
         )

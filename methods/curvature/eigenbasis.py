@@ -15,6 +15,7 @@ from methods.curvature.base import positive
 from methods.curvature.damping import Damping
 from methods.gradients.blocks import Block
 from methods.gradients.per_example import Factors, Gradient, wide
+from methods.gradients.sharding import summed
 from methods.gradients.source import Source
 
 CACHED = 2**20  # numbers of gradients that are squared while they are in the cache
@@ -51,7 +52,8 @@ def _like(matrix: Tensor, other: Tensor) -> Tensor:
 def second_moments(
     n: int, bases: Mapping[str, Basis], source: Source, stream: Iterable[tuple[Tensor, list[list[Factors]]]]
 ) -> dict[str, Tensor]:
-    """Λ = (1/N) Σ (U_Sᵀ G U_A)² over examples and columns, G summed over positions before the square; float64."""
+    """Λ = (1/N) Σ (U_Sᵀ G U_A)² over examples and columns, G summed over positions before the square; float64. Added
+    up over processes."""
     found = {b.name: torch.zeros(b.shape, dtype=torch.float64) for b in source.blocks}
     for _, columns in stream:
         for f in (f for column in columns for f in source.rounded(column)):
@@ -61,6 +63,7 @@ def second_moments(
                 where = slice(None) if part.columns is None else part.columns.cpu()
                 squares = torch.sum(part.values.square_(), 0, dtype=wide(part.values.dtype))
                 total[:, where] += squares.double().cpu()
+    summed(list(found.values()))
     return {name: total / n for name, total in found.items()}
 
 

@@ -14,6 +14,7 @@ from methods.base import Problem
 from methods.curvature.eigenbasis import Basis, Eigenbases, eigenvectors, second_moments
 from methods.curvature.kfac import covariances
 from methods.curvature.root import ROOTED, columns, require_matrix
+from methods.gradients.sharding import mine
 from methods.gradients.source import Source
 
 
@@ -28,11 +29,12 @@ class EKFAC:
         require_matrix(self.matrix, ROOTED)
 
     def fit(self, problem: Problem, source: Source) -> Eigenbases:
-        sums = covariances(source.blocks, columns(problem, source, self.matrix, "factors"))
+        rows = mine(len(problem.train))
+        sums = covariances(source.blocks, columns(problem, source, self.matrix, "factors", rows))
         bases = {
             name: Basis(eigenvectors(c.outputs), None if c.inputs.ndim == 1 else eigenvectors(c.inputs))
             for name, c in sums.items()
         }
-        stream = columns(problem, source, self.matrix, "eigenvalues")
+        stream = columns(problem, source, self.matrix, "eigenvalues", rows)
         eigenvalues = second_moments(len(problem.train), bases, source, stream)
         return Eigenbases("EK-FAC", source.blocks, bases, eigenvalues)

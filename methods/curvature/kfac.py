@@ -18,6 +18,7 @@ from methods.curvature.eigenbasis import Basis, Eigenbases, eigenvectors
 from methods.curvature.root import ROOTED, columns, require_matrix
 from methods.gradients.blocks import Block
 from methods.gradients.per_example import Factors
+from methods.gradients.sharding import mine, summed
 from methods.gradients.source import Source
 
 
@@ -32,7 +33,8 @@ class KFAC:
         require_matrix(self.matrix, ROOTED)
 
     def fit(self, problem: Problem, source: Source) -> Eigenbases:
-        sums = covariances(source.blocks, columns(problem, source, self.matrix, "factors"))
+        rows = mine(len(problem.train))
+        sums = covariances(source.blocks, columns(problem, source, self.matrix, "factors", rows))
         bases, eigenvalues = {}, {}
         for block in source.blocks:
             left, right = sums[block.name].normalised()
@@ -79,7 +81,7 @@ class Covariances:
 def covariances(
     blocks: Sequence[Block], stream: Iterable[tuple[Tensor, list[list[Factors]]]]
 ) -> dict[str, Covariances]:
-    """Of all blocks; inputs are those of the first column, outputs of all."""
+    """Of all blocks; inputs are those of the first column, outputs of all. Added up over processes."""
     sums = {b.name: Covariances(b) for b in blocks}
     for _, found in stream:
         for r, column in enumerate(found):
@@ -88,4 +90,8 @@ def covariances(
                 sums[f.block.name].add_outputs(f, keep)
                 if r == 0:
                     sums[f.block.name].add_inputs(f, keep)
+    counts = torch.tensor([float(c.positions) for c in sums.values()], dtype=torch.float64)
+    summed([counts, *(t for c in sums.values() for t in (c.outputs, c.inputs))])
+    for c, count in zip(sums.values(), counts.tolist(), strict=True):
+        c.positions = round(count)
     return sums

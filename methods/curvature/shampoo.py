@@ -14,6 +14,7 @@ import torch
 from methods.base import Problem
 from methods.curvature.eigenbasis import Basis, Eigenbases, eigenvectors, second_moments
 from methods.curvature.root import ROOTED, columns, require_matrix
+from methods.gradients.sharding import mine, summed
 from methods.gradients.source import Source
 
 
@@ -34,7 +35,8 @@ class Shampoo:
             for b in source.blocks
             if b.kind != "embedding"
         }
-        for _, found in columns(problem, source, self.matrix, "factors"):
+        rows = mine(len(problem.train))
+        for _, found in columns(problem, source, self.matrix, "factors", rows):
             for f in (f for column in found for f in column):
                 g = f.gradient().values  # (B, out, k)
                 wide = g.transpose(0, 1).flatten(1)  # (out, B·k)
@@ -42,10 +44,11 @@ class Shampoo:
                 if f.block.name in right:
                     tall = g.flatten(0, 1)  # (B·out, in)
                     right[f.block.name] += (tall.T @ tall).double().cpu()
+        summed([*left.values(), *right.values()])
         bases = {
             name: Basis(eigenvectors(total), eigenvectors(right[name]) if name in right else None)
             for name, total in left.items()
         }
-        stream = columns(problem, source, self.matrix, "eigenvalues")
+        stream = columns(problem, source, self.matrix, "eigenvalues", rows)
         eigenvalues = second_moments(len(problem.train), bases, source, stream)
         return Eigenbases("Shampoo", source.blocks, bases, eigenvalues)

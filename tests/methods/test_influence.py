@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Fits, Problem, Unsupported
+from methods.compression.sjlt import SJLT
 from methods.curvature.base import Curvature
 from methods.curvature.damping import Damping
 from methods.curvature.dense import Dense
@@ -487,5 +488,9 @@ def test_one_fit_serves_the_runs_of_a_sweep_and_is_charged_to_each(monkeypatch: 
 def test_impossible_precision_and_rank_are_refused() -> None:
     with pytest.raises(UserError, match=r"method\.precision=fp8.*float32, bf16"):
         replace(influence("ekfac"), precision="fp8")
+    task = CASES["three_classes"]()
+    with pytest.raises(UserError, match=r"method\.query_rank=2 has no effect.*no block.*matrix"):
+        vague = replace(influence("ekfac"), query_rank=2, compression=SJLT(10))
+        vague.attribute(problem_of(task), task.splits["query"])
     with pytest.raises(UserError, match=r"method\.query_rank=0.*1 or more"):
         replace(influence("ekfac"), query_rank=0)
