@@ -1,8 +1,9 @@
 """Quality against price: one small figure a table, drawn from the same numbers.
 
 Each method is a point with its label beside it: attribution seconds (log) across, the table's main metric with its
-interval upwards, the noise ceiling as a dashed line. Open points carry a footnote in the table (unfit, seeds without a
-number). A method has the same colour in every figure.
+interval upwards, the noise ceiling as a dashed line. A grey line joins the Pareto front, the methods that are better
+than all cheaper ones. Open points carry a footnote in the table (unfit, seeds without a number). A method has the same
+colour in every figure.
 """
 
 import colorsys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -87,7 +89,8 @@ def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    decades = np.log10(max(p.x for p in points) / min(p.x for p in points))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     for point in points:
@@ -97,6 +100,9 @@ def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: 
         axes.errorbar(
             point.x, point.y, yerr=bars, fmt="o", ms=5, color=shade, mfc=face, elinewidth=1, capsize=0, zorder=3
         )
+    front = pareto_front(points)
+    if len(front) > 1:
+        axes.plot([p.x for p in front], [p.y for p in front], color="0.75", linewidth=1, zorder=2)
     if ceiling is not None:
         axes.axhline(ceiling, color="0.45", linestyle="--", linewidth=1, zorder=1)
     lowest, highest = min(p.x for p in points), max(p.x for p in points)
@@ -109,6 +115,15 @@ def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: 
     figure.draw_without_rendering()  # fixes the layout, so that labels can be placed in pixels
     _label(axes, points, ceiling)
     return figure
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Those that are better than every cheaper one, cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front
 
 
 def _label(axes: Axes, points: Sequence[Point], ceiling: float | None) -> None:

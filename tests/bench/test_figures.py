@@ -101,6 +101,18 @@ def test_points_and_bars_are_the_numbers_of_the_table() -> None:
     assert not [line for line in draw(points)[1].lines if line.get_linestyle() == "--"]
 
 
+def test_the_front_is_of_those_that_no_cheaper_one_equals() -> None:
+    def point(label: str, x: float, y: float) -> Point:
+        return Point(label, label, x, y, y, y, False)
+
+    points = [point("dear", 9, 0.5), point("cheap", 1, 0.2), point("worse", 2, 0.1), point("good", 3, 0.6),
+              point("same price, worse", 3, 0.3), point("as good, dearer", 4, 0.6), point("best", 8, 0.7)]  # fmt: skip
+    assert [p.label for p in figures.pareto_front(points)] == ["cheap", "good", "best"]
+    _, axes = draw(points)
+    (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert list(line.get_xdata()) == [1, 3, 8] and list(line.get_ydata()) == [0.2, 0.6, 0.7]
+
+
 @pytest.mark.parametrize("size", [1, 2, 8, 14])
 def test_labels_do_not_overlap_and_stay_inside(size: int) -> None:
     points = crowd(size)
