@@ -14,6 +14,8 @@ from methods.gradients.source import Source
 from tasks.base import Examples
 from tasks.errors import UserError, require
 
+ROWS = 4096  # features at once in float64
+
 
 @dataclass(frozen=True)
 class TRAK(Method):
@@ -45,7 +47,7 @@ class TRAK(Method):
             source, gram, features, left = self._features(problem, j)
             asked = flat(source.collected(queries, problem.task.objective.measure)).double()
             problem.meter.gradients += len(queries)
-            products += torch.linalg.solve(gram, asked.T).T @ features.T
+            products += torch.linalg.solve(gram, asked.T).T @ features.double().T
             residuals += left
         return products / self.k * residuals / self.k
 
@@ -54,13 +56,14 @@ class TRAK(Method):
         leverage = torch.zeros(len(problem.train), dtype=torch.float64)
         residuals = torch.zeros(len(problem.train), dtype=torch.float64)
         for j in range(self.k):
-            _, gram, features, left = self._features(problem, j)
+            _, gram, kept, left = self._features(problem, j)
+            features = kept.double()
             leverage += (torch.linalg.solve(gram, features.T).T * features).sum(1)
             residuals += left
         return -leverage / self.k * (residuals / self.k).square()
 
     def _features(self, problem: Problem, j: int) -> tuple[Source, Tensor, Tensor, Tensor]:
-        """Of one training: where gradients come from, Φᵀ Φ + NλI (k, k), Φ (N, k) and Q (N,), float64."""
+        """Of one training: where gradients come from, Φᵀ Φ + NλI (k, k) in float64, Φ (N, k) and Q (N,)."""
 
         def made() -> tuple[Source, Tensor, Tensor, Tensor]:
             task, member = problem.task, problem.member(j)
@@ -69,7 +72,8 @@ class TRAK(Method):
             source = Source(task, model, tuple(blocks))
             source = Source(task, model, tuple(blocks), self.compression.fit(member, source))
             n, size = len(problem.train), source.size
-            features, residuals = torch.empty(n, size, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+            features = torch.empty(n, size, dtype=next(model.parameters()).dtype)
+            residuals = torch.empty(n, dtype=torch.float64)
 
             def output(outputs: Tensor, targets: Tensor) -> Tensor:
                 residual.append(task.objective.residual(outputs.detach(), targets).double().cpu())
@@ -78,8 +82,10 @@ class TRAK(Method):
             residual: list[Tensor] = []
             for index, found in source.gradients(problem.train, output):
                 problem.meter.gradients += len(index)
-                features[index], residuals[index] = flat(plain(found)).double().cpu(), residual.pop()
-            gram = features.T @ features
+                features[index], residuals[index] = flat(plain(found)).cpu(), residual.pop()
+            gram = torch.zeros(size, size, dtype=torch.float64)
+            for rows in features.split(ROWS):
+                gram.addmm_(rows.double().T, rows.double())
             strength = self.damping.strengths({"all": gram.trace().item() / n}, {"all": size})["all"]
             if strength == 0 and size >= n:
                 raise UserError(
