@@ -31,7 +31,7 @@ EXACT: dict[str, Any] = {
     "block": Dense("ggn", "block", 1.0),
     "cg": ConjugateGradients("ggn", 1e-8, 200),
     "cg of the hessian": ConjugateGradients("hessian", 1e-8, 200),
-    "neumann": Neumann("ggn", 1e-6, 5000, None),
+    "neumann": Neumann("ggn", 1e-2, 2000, None),
     "ekfac": EKFAC("ggn"),  # one output: its eigenbasis is that of E[a aᵀ], and its eigenvalues are exact
     "kfac": KFAC("ggn"),
     "eigenpairs": Eigenpairs("ggn", FEATURES + 1, 4),
