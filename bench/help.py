@@ -22,6 +22,7 @@ usage: bench [key=value ...]               one run             (python -m bench 
 
 KEYS = {
     "method=, task=, model=": "one of those below; each task names its own model",
+    "detail=layer|token": "the queries' scores taken apart by block or by token, into the record's scores",
     "evaluation=[lds,loo]": "what to judge by; the default is the task's; [] gives scores only",
     "truth.lds.subsets=50": "settings of the truth of an evaluation",
     "task.seed=0": "what the data is: selection and corruption",

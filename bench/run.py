@@ -176,6 +176,8 @@ def _judge(
     if config.detail is not None:
         with console.phase("detail", f"scores by {config.detail}"):
             parts = _try(lambda: method.detail(problem, problem.task.splits["query"], config.detail), record) or {}
+        if not parts:
+            print(f"note: detail={config.detail}: {record['notes'][-1]}; nothing is written", file=sys.stderr)
         kept.scores.update({f"detail/{name}": part.cpu().numpy() for name, part in parts.items()})
         kept.ids.update({"query": task.splits["query"].ids, "train": task.train.ids} if parts else {})
     case = Case(
@@ -291,6 +293,8 @@ def build_method(config: DictConfig) -> Method:
 def label_of(config: DictConfig, method: Method) -> str:
     """The method's name in tables: a wrapper says what it wraps, `custom` which class it is."""
     name = type(method).__name__ if config.choice.method == "custom" else str(config.choice.method)
+    if config.choice.method == "from_file":  # which one
+        name = f"from_file({Path(str(config.method.path)).stem})"
     wrapped = [str(option) for group, option in config.choice.items() if str(group).startswith("method@")]
     return f"{name}({', '.join(wrapped)})" if wrapped else name
 

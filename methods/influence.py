@@ -18,8 +18,8 @@ from methods.gradients.per_example import Factors, Gradient, norms, sum_of_produ
 from methods.gradients.sharding import mine, share, summed
 from methods.gradients.source import Source
 from methods.gradients.tokens import by_token
-from methods.store import stored
-from tasks.base import Examples
+from methods.store import require_place, stored
+from tasks.base import Examples, Task
 from tasks.errors import UserError
 
 SIMILARITIES = ("dot", "cosine", "relatif", "theta_relatif")
@@ -69,6 +69,11 @@ class Influence(Method):
     @property
     def calibrated(self) -> bool:  # type: ignore[override]
         return self.similarity == "dot" and not isinstance(self.curvature, Identity)
+
+    def unmet(self, task: Task) -> str | None:
+        if self.store is not None:
+            require_place(self.store, not isinstance(self.compression, Uncompressed))
+        return super().unmet(task)
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         task = problem.task

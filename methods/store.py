@@ -63,10 +63,8 @@ class Kept:
 
 def stored(problem: Problem, source: Source, place: str, said: object) -> Source:
     """The source with its training gradients kept in `place`; `said` is what else decides them (the settings)."""
-    if source.squeeze is None:
-        raise UserError(
-            "method.store", place, "keeps compressed gradients only", hint="choose a method/compression as well"
-        )
+    require_place(place, source.squeeze is not None)
+    assert source.squeeze is not None
     flat = Flat(source.squeeze, tuple(vector(b.name, b.size) for b in source.squeeze.blocks))
     source = replace(source, squeeze=flat)
     parameter = next(source.model.parameters())
@@ -90,6 +88,19 @@ def stored(problem: Problem, source: Source, place: str, said: object) -> Source
     problem.meter.stored_bytes = sum(path.stat().st_size for path in paths)
     shards = tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
     return replace(source, kept=Kept(source.blocks, shards, parameter.device))
+
+
+def require_place(place: str, compressed: bool) -> None:
+    """Refuses, before anything is trained, what cannot be a store."""
+    if not compressed:
+        raise UserError(
+            "method.store", place, "keeps compressed gradients only", hint="choose a method/compression as well"
+        )
+    there = Path(place).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError("method.store", place, "cannot be written", hint="name a folder of yours, or null")
 
 
 def _fill(problem: Problem, source: Source, paths: Sequence[Path]) -> None:

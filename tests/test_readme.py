@@ -12,7 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SAYS = ("record: ", ".md", ".png", " rows", " damaged", " removed", "optima", " skipped")  # what a program says that did something
+SAYS = (
+    "record: ",
+    ".md",
+    ".png",
+    " rows",
+    " damaged",
+    " removed",
+    "optima",
+    " skipped",
+)  # what a program says that did something
 FILES = {"methods/agreement.py": "python", "conf/method/agreement.yaml": "yaml"}
 
 

@@ -146,5 +146,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         asked(problem_of(task), tmp_path, compression=Uncompressed())
     place = tmp_path / "file"
     place.write_text("no folder")
-    with pytest.raises(UserError, match=r"method\.store=.*cannot be written"):
-        asked(problem_of(task), place)
+    for wrong in (place, place / "below"):
+        with pytest.raises(UserError, match=r"method\.store=.*cannot be written.*folder of yours"):
+            influence(wrong).unmet(task)  # before anything is trained
+    with pytest.raises(UserError, match="compressed gradients only"):
+        influence(tmp_path, Uncompressed()).unmet(task)
+    assert influence(tmp_path / "new").unmet(task) is None
