@@ -13,7 +13,6 @@ from scipy.stats import t as student
 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
-COUNTED = 0.02  # a p that counting replicates still tells: ten of a thousand on either side
 SPLITS = 20
 PAIRS = 2**22  # of rows at a time: bounds the memory
 FEW = 480  # rows up to which Spearman of resamples goes by signs of pairs; sums of n³·4/27 are exact in float32
@@ -289,8 +288,8 @@ def paired_difference(
     replicates' means unless given. d* = a − b, moved to the difference d of the values as `centred` does:
     the percentile interval, and p = 2 min((1 + #{d* ≤ 0}), (1 + #{d* ≥ 0})) / (R + 1), at most 1.
 
-    Where that is COUNTED or less, too few replicates lie beyond 0 to tell how small p is, and the correction for many
-    tests would leave nothing significant: there p is that of a normal distribution of their spread, if it is smaller.
+    Where no replicate lies beyond 0, counting cannot tell how small p is, and the correction for many tests would leave
+    nothing significant: there p is that of a normal distribution of their spread, if it is smaller.
     """
     if a.shape != b.shape:
         raise ValueError(f"replicates of the same resamples have one shape, not {a.shape} and {b.shape}")
@@ -299,7 +298,7 @@ def paired_difference(
     zero = 1e-12 * np.abs(moved).max()  # what rounding leaves of an equal pair
     tail = min((moved <= zero).sum(), (moved >= -zero).sum())
     p = min(1.0, 2 * (1 + tail) / (len(moved) + 1))
-    if p <= COUNTED:
+    if tail == 0:
         spread = float(moved.std())
         p = min(p, 2 * float(norm.sf(abs(difference) / spread)) if spread > 0 else float(difference == 0))
     return difference, *interval(moved, level), p
