@@ -35,6 +35,7 @@ from methods.compression.logra_pca import LoGraPCA
 from methods.compression.mask import Mask
 from methods.compression.oporp import OPORP
 from methods.compression.rademacher import Rademacher
+from methods.compression.saliency import Saliency
 from methods.compression.sjlt import SJLT
 from methods.compression.two_sided import Layer, TwoSided
 from methods.curvature.damping import Damping
@@ -44,7 +45,7 @@ from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import Factors, Gradient, Scalar, flat, gradients, plain
 from methods.gradients.source import Source, Squeeze
 from methods.influence import Influence
-from tasks.base import Examples
+from tasks.base import Examples, Task
 from tasks.errors import UserError
 
 FLAT: dict[str, Callable[[int], Compression]] = {
@@ -529,3 +530,21 @@ def test_what_comes_out_belongs_to_no_module() -> None:
         assert all(b.parameters == () and not b.bias and b.rows is None for b in squeeze.blocks)
         assert [f.block for f in squeeze(unit_vectors(source.blocks))] == list(squeeze.blocks)
         assert make(7) == make(7) and hash(make(7)) == hash(make(7))
+
+
+@pytest.mark.parametrize("case", [vector_task, bert, shared])
+def test_saliency_keeps_the_parameters_with_the_largest_gradients(case: Callable[..., Task]) -> None:
+    """Scores by the mask are the products of these numbers alone, whatever block they are in."""
+    task = case([4, 4, 3]) if case is vector_task else case()
+    problem, queries, model = problem_of(task), task.splits["query"], explained(problem_of(task))
+    g = stacked(per_example(model, task.train, task.objective.loss))
+    m = stacked(per_example(model, queries, task.objective.measure))
+    method = Influence(Identity(), Damping("absolute", 0.0, "global"), compression=Saliency(12))
+    largest = g.square().sum(0).topk(12).indices
+    expected = -m[:, largest] @ g[:, largest].T / len(task.train)
+    assert close(method.attribute(problem, queries), expected)
+    assert far(-m @ g.T / len(task.train), expected)
+    first = torch.arange(12)
+    assert far(-m[:, first] @ g[:, first].T / len(task.train), expected)
+    with pytest.raises(UserError, match=r"method\.compression\.dimension=100000"):
+        replace(method, compression=Saliency(100_000)).attribute(problem, queries)
