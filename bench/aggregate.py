@@ -285,7 +285,10 @@ def _distinct(
     form: str = "{name} ({keys})",
     between: str = ", ",
 ) -> list[str]:
-    """The names, with the keys of `configs` that tell equal names of one place apart: `ekfac (damping.value=0.01)`."""
+    """The names, with the keys of `configs` that tell equal names of one place apart: `ekfac (damping.value=0.01)`.
+
+    A key that only some of them have, as settings do that came later, is left out where the others tell them apart.
+    """
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, name in enumerate(names):
         groups[name, places[i] if places else ""].append(i)
@@ -293,8 +296,12 @@ def _distinct(
     for (name, _), members in groups.items():
         flat = {i: dict(_flat(configs[i])) for i in members}
         keys = {key: None for config in flat.values() for key in config}  # a set that keeps its order
+        differing = [key for key in keys if len({flat[j].get(key, "") for j in members}) > 1]
+        for key in reversed([key for key in differing if any(key not in flat[j] for j in members)]):
+            others = [k for k in differing if k != key]
+            if len({tuple(flat[j].get(k, "") for k in others) for j in members}) == len(members):
+                differing = others
         for i in members:
-            differing = [key for key in keys if len({flat[j].get(key, "") for j in members}) > 1]
             shown = [f"{key}={flat[i][key]}" for key in differing if key in flat[i]]
             labels[i] = form.format(name=name, keys=between.join(shown)) if shown else name
     return labels

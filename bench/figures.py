@@ -8,6 +8,7 @@ colour in every figure.
 
 import colorsys
 import io
+import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from matplotlib.transforms import Bbox
 from bench import records
 from bench.aggregate import Table, main_column, number
 
+LONGEST = 36  # letters of a label
 SHORTEST = 1e-3  # seconds: what took less is drawn here
 STYLE: Any = {
     "font.size": 9,
@@ -80,7 +82,8 @@ def _points(table: Table, column: int) -> list[Point]:
             continue
         low = cell.value if cell.low is None else cell.low
         high = cell.value if cell.high is None else cell.high
-        points.append(Point(row.label, row.method, max(seconds, SHORTEST), cell.value, low, high, bool(cell.mark)))
+        label = textwrap.shorten(row.label, LONGEST, placeholder=" …")
+        points.append(Point(label, row.method, max(seconds, SHORTEST), cell.value, low, high, bool(cell.mark)))
     return points
 
 

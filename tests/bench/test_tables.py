@@ -420,6 +420,16 @@ def around_difference(tail: int, size: int = 199) -> np.ndarray:
     return deviations
 
 
+def test_settings_that_came_later_are_shown_only_where_they_tell_rows_apart() -> None:
+    old = [run("m", config={"damping": {"value": v}}) for v in (0.1, 0.2)]
+    new = [run("m", config={"damping": {"value": v}, "matrix": "ggn", "rank": None}) for v in (0.2, 0.3)]
+    labels = {row.label for row in only([*old, *new]).rows}
+    assert labels == {"m (damping.value=0.1)", "m (damping.value=0.2)", "m (damping.value=0.2, matrix=ggn)",
+                      "m (damping.value=0.3, matrix=ggn)"}  # fmt: skip
+    labels = {row.label for row in only([old[0], new[1]]).rows}
+    assert labels == {"m (damping.value=0.1)", "m (damping.value=0.3)"}
+
+
 def test_holm_over_three_methods_by_hand() -> None:
     def of(*tails: int) -> Table:
         best = run("a", metrics={"lds": metric(0.5)}, replicates={"lds": np.full(199, 0.5)})
