@@ -10,6 +10,7 @@ MAY_IMPORT = {"tasks": {"tasks"}, "methods": {"tasks", "methods"}, "bench": {"ta
 VOCABULARY = {  # what bench may name of the floors below: contracts and training, no concrete task or method
     "methods.base",
     "methods.gradients.blocks",
+    "methods.gradients.sharding",  # who of several processes reports
     "tasks.base",
     "tasks.errors",
     "tasks.training",
