@@ -91,7 +91,7 @@ def test_every_command_runs(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_the_python_example_runs(copy: Path) -> None:
-    (block,) = [b for b in blocks("python") if "compose" in b]
+    (block,) = [b for b in blocks("python") if "bench.run import run" in b]
     block = block.replace('"evaluation=[lds]"', '"evaluation=[lds]", "task.n_train=100", "truth.lds.subsets=5"')
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=copy, env=environment(copy), capture_output=True, text=True, check=False

@@ -158,7 +158,7 @@ def test_the_content_is_the_identity_and_is_read_once(tmp_path: Path) -> None:
         found.attribute(problem_of(TASK), TASK.splits["query"]).numpy(), SCORES
     )  # what it had read stays
     assert FromFile(path, False).inputs() != found.inputs() and FromFile(path, False) != found
-    assert str(len(SCORES)) not in repr(found) and repr(found) == f"FromFile(path={path!r}, calibrated=False)"
+    assert repr(found) == f"FromFile(path={path!r}, calibrated=False)"
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
