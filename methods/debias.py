@@ -4,22 +4,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.base import Method, Problem, started
-from tasks.base import Examples, Task
+from methods.base import Problem, started
+from methods.wrapper import Wrapper
+from tasks.base import Examples
 from tasks.errors import UserError, require
 
 NORMALISATIONS = ("none", "unit")
 
 
 @dataclass(frozen=True)
-class Debias(Method):
+class Debias(Wrapper):
     """score = score at the explained model − β · score at θ0, where its training started.
 
     `normalise`: unit divides each query's scores (all values) by their norm on either side, before β is applied: the
     base model's gradients may be larger by orders. The debiasing of DDA (Wu et al. 2024, formula at second hand only).
     """
 
-    base: Method
     beta: float
     normalise: str
 
@@ -52,9 +52,3 @@ class Debias(Method):
 
     def _scaled(self, scores: Tensor) -> Tensor:
         return scores if self.normalise == "none" else scores / scores.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-
-    def unmet(self, task: Task) -> str | None:
-        return self.base.unmet(task)
-
-    def inputs(self) -> dict[str, str]:
-        return self.base.inputs()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import Method, Problem, until
+from methods.base import Problem, until
+from methods.wrapper import Wrapper
 from tasks.base import Examples, Task
 from tasks.errors import UserError, require
 
@@ -13,14 +14,13 @@ SMOOTHINGS = ("mean", "exponential")
 
 
 @dataclass(frozen=True)
-class Denoise(Method):
+class Denoise(Wrapper):
     """score = Σ_c w_c score_c of the base method at the last `last` checkpoints of the explained run (null: all of
     them), w summing to 1: `mean` equal weights, `exponential` w_c ∝ decay^(C − c), the end counts most.
 
     The denoising of DDA (Wu et al. 2024), whose formula is known at second hand only.
     """
 
-    base: Method
     last: int | None
     smoothing: str
     decay: float
@@ -30,14 +30,6 @@ class Denoise(Method):
         if self.smoothing not in SMOOTHINGS:
             raise UserError("method.smoothing", self.smoothing, allowed=SMOOTHINGS)
         require(0 < self.decay <= 1, "method.decay", self.decay, "0 < decay <= 1")
-
-    @property
-    def calibrated(self) -> bool:  # type: ignore[override]
-        return self.base.calibrated
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        return self.base.signed
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         asked = [(w, self.base.attribute(at, queries)) for w, at in self._states(problem)]
@@ -62,7 +54,4 @@ class Denoise(Method):
                 f"is above the {task.recipe.checkpoints} checkpoints that model={task.model} keeps",
                 hint="raise model.recipe.checkpoints or take null for all",
             )
-        return self.base.unmet(task)
-
-    def inputs(self) -> dict[str, str]:
-        return self.base.inputs()
+        return super().unmet(task)

@@ -4,32 +4,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.base import Method, Problem
-from tasks.base import Examples, Task
+from methods.base import Problem
+from methods.wrapper import Wrapper
+from tasks.base import Examples
 from tasks.errors import require
 
 
 @dataclass(frozen=True)
-class Ensemble(Method):
+class Ensemble(Wrapper):
     """score = (1/k) Σ_j score_j of the base method, j the k explained trainings, of independent seeds; each is charged.
 
     With the scores of one model, errors that differ from model to model average out (Park et al. 2023, TRAK, §3.3;
     Søgaard et al. 2021).
     """
 
-    base: Method
     k: int
 
     def __post_init__(self) -> None:
         require(self.k >= 1, "method.k", self.k, "1 or more")
-
-    @property
-    def calibrated(self) -> bool:  # type: ignore[override]
-        return self.base.calibrated
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        return self.base.signed
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         total = self.base.attribute(problem, queries)
@@ -42,9 +34,3 @@ class Ensemble(Method):
         for j in range(1, self.k):
             total = total + self.base.value(problem.member(j))
         return total / self.k
-
-    def unmet(self, task: Task) -> str | None:
-        return self.base.unmet(task)
-
-    def inputs(self) -> dict[str, str]:
-        return self.base.inputs()

@@ -30,11 +30,9 @@ class Mask:
         require_within("dimension", self.dimension, source.size)
         draw = problem.generator("compression", "mask")
         kept = torch.randperm(source.size, generator=draw)[: self.dimension].sort().values.to(problem.device)
-        places, start = {}, 0
-        for b in source.blocks:
-            places[b.name] = kept[(kept >= start) & (kept < start + b.size)] - start
-            start += b.size
-        return Kept(vector("mask", self.dimension), places, (source.size / self.dimension) ** 0.5)
+        return Kept(
+            vector("mask", self.dimension), by_block(kept, source.blocks), (source.size / self.dimension) ** 0.5
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +50,12 @@ class Kept:
     def __call__(self, found: Sequence[Factors]) -> list[Factors]:
         kept = [numbers_at(f, self.places[f.block.name]) for f in found if len(self.places[f.block.name])]
         return [vectors(self.block, self.scale * torch.cat(kept, 1))]
+
+
+def by_block(kept: Tensor, blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """Ascending places in the whole gradient as places in each block."""
+    parts, start = {}, 0
+    for b in blocks:
+        parts[b.name] = kept[(kept >= start) & (kept < start + b.size)] - start
+        start += b.size
+    return parts

@@ -11,7 +11,7 @@ import torch
 from methods.base import Problem
 from methods.compression.base import require_positive, require_within, vector
 from methods.compression.coordinates import numbers
-from methods.compression.mask import Kept
+from methods.compression.mask import Kept, by_block
 from methods.gradients.source import Source
 
 
@@ -33,8 +33,4 @@ class Saliency:
                 values, where = numbers(f)
                 squares[f.block.name][where] += values.double().square().sum(0)
         kept = torch.cat([squares[b.name] for b in source.blocks]).topk(self.dimension).indices.sort().values
-        places, start = {}, 0
-        for b in source.blocks:
-            places[b.name] = kept[(kept >= start) & (kept < start + b.size)] - start
-            start += b.size
-        return Kept(vector("saliency", self.dimension), places, 1.0)
+        return Kept(vector("saliency", self.dimension), by_block(kept, source.blocks), 1.0)
