@@ -19,14 +19,18 @@ def planned_work(
     cache: Path,
     executor: Executor,
     shipped: Path | None = None,
+    asked: int = 0,
 ) -> str:
-    """A few lines. Seconds come from one timed step on this machine, rows that the store holds are not counted."""
+    """A few lines, `asked` trainings being the method's own. Seconds come from one timed step on this machine, rows that the store holds are not counted."""
     parameters = sum(p.numel() for p in task.initial(0).parameters())
     lines = [
         f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} ({parameters:,} parameters)",
         f"explained model: 1 training, {steps_of(task.recipe, len(task.train))} steps",
     ]
     step = _seconds_of_a_step(task)
+    if asked:
+        seconds = asked * steps_of(task.recipe, len(task.train)) * step / executor.processes()
+        lines.append(f"method: {asked} retrainings of its own, at most about {seconds:.0f} s")
     done = store_of(task.public(), cache / "truth", shipped).read()
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(task, seed)

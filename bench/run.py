@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tasks.errors import UserError
 from tasks.training.engines import Executor
 from tasks.training.explained import explained
 from tasks.training.retrain import VERSION as TRAINING_VERSION
+from tasks.training.retrain import retrain
 from tasks.training.train import load
 
 VERSION = 1  # of what attribution and judging mean; enters every run id
@@ -73,7 +75,8 @@ def run(config: DictConfig) -> Outcome:
     }
     run_id = records.run_id(identity)
     if config.plan:
-        print(planned_work(task, evaluations, config.seed, out / "cache", executor, shipped_truth()))
+        asked = method.retrainings(task)
+        print(planned_work(task, evaluations, config.seed, out / "cache", executor, shipped_truth(), asked))
         return Outcome("ok", None, "planned only", task.name, False)
     known = records.find(out, task.name, name, run_id)
     if known is not None and not config.rerun:
@@ -170,6 +173,9 @@ def _judge(
         lambda k: explained(task, config.seed, k, cache / "models"),
         config.device,
         fits=FITS.of((task.key(), task.fingerprint(), config.seed, config.device)),
+        retraining=lambda asked, plan: retrain(
+            asked, plan, cache / "truth", executor, partial(console.progress, record["method"])
+        ),
     )
     peak = Peak()
     attribution, value = _scorers(problem, method, console, peak, kept)
@@ -241,7 +247,7 @@ def _scorers(
 
     def made(key: str, label: str, make: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> np.ndarray:
         if key not in kept.scores:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), problem.meter.waited
             with peak.measured(), torch.random.fork_rng(devices=[]), still_at_it(label):
                 torch.manual_seed(0)
                 scores = make()
@@ -249,8 +255,8 @@ def _scorers(
                 raise ValueError(f"{key}: shape {tuple(scores.shape)}, expected {shape}")
             if not torch.isfinite(scores).any():
                 raise ValueError(f"{key}: no score is finite")
-            took = time.perf_counter() - started
-            console.seconds["attribution"] = console.seconds.get("attribution", 0.0) + took
+            took, waited = time.perf_counter() - started, problem.meter.waited - before
+            console.seconds["attribution"] = console.seconds.get("attribution", 0.0) + took - waited
             print(f"  {label}: {took:.1f} s", file=sys.stderr, flush=True)
             kept.scores[key] = scores.detach().cpu().double().numpy()
             kept.ids["train"] = problem.train.ids

@@ -1,17 +1,21 @@
 """What a method is, and what it may see."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tasks.base import Checkpoint, Examples, Task, Trajectory, generator
+from tasks.training.plan import Plan
 from tasks.training.train import load
 
 T = TypeVar("T")
+Retraining = Callable[[Task, Plan], dict[str, np.ndarray]]  # val (M, V), query (M, Q), seconds (M,)
 
 
 class Unsupported(Exception):
@@ -23,8 +27,9 @@ class Meter:
     """What a method has used so far. A training is charged once, whatever part of it is looked at."""
 
     gradients: int = 0
-    trained: set[int] = field(default_factory=set)  # seeds of the trainings
-    seconds_of_trainings: float = 0.0
+    trained: set[Hashable] = field(default_factory=set)  # explained trainings by seed, retrainings by key
+    seconds_of_trainings: float = 0.0  # of one process, whenever they were made
+    waited: float = 0.0  # seconds that were spent on making them now, which are no attribution
     seconds_of_fits: float = 0.0  # of fits that an earlier run made
     stored_bytes: int = 0  # on disk, of a store of gradients
 
@@ -32,10 +37,19 @@ class Meter:
     def trainings(self) -> int:
         return len(self.trained)
 
-    def charge(self, training: Trajectory) -> None:
-        if training.seed not in self.trained:
-            self.trained.add(training.seed)
-            self.seconds_of_trainings += training.seconds
+    def charge(self, training: Hashable, seconds: float) -> None:
+        if training not in self.trained:
+            self.trained.add(training)
+            self.seconds_of_trainings += seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While trainings are made, or read."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - started
 
 
 @dataclass
@@ -64,7 +78,7 @@ class Problem:
 
     `trajectory(k)` is the k-th explained training; 0 is the run that is explained, others have independent seeds and
     are charged to whoever asks. `where` names what is explained where that is not the run itself: all random draws
-    depend on it.
+    depend on it. `retraining` trains a task by a plan, for methods that value examples by retraining.
     """
 
     task: Task
@@ -74,6 +88,7 @@ class Problem:
     meter: Meter = field(default_factory=Meter)
     fits: Fits = field(default_factory=Fits, repr=False)
     where: tuple[object, ...] = ()
+    retraining: Retraining | None = field(default=None, repr=False)
     _once: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,9 +102,32 @@ class Problem:
     def trajectory(self, k: int = 0) -> Trajectory:
         """The k-th explained training."""
 
-        found = self.once(("trajectory", k), lambda: self.explained(k))
-        self.meter.charge(found)
+        def made() -> Trajectory:
+            with self.meter.waiting():
+                return self.explained(k)
+
+        found = self.once(("trajectory", k), made)
+        self.meter.charge(found.seed, found.seconds)
         return found
+
+    def retrained(self, plan: Plan, examples: Examples) -> Tensor:
+        """Measurements (M, n) of these examples, float64, after each training of the plan. The plan's seeds are the
+        method's own, of names that no truth draws from; each training is charged."""
+        if self.retraining is None:
+            raise Unsupported("nothing can be retrained here")
+        for split in ("val", "query"):
+            columns = _columns(self.task.splits[split], examples)
+            if columns is not None:
+                task = self.task
+                break
+        else:
+            split, columns = "query", list(range(len(examples)))
+            task = replace(self.task, splits={**self.task.splits, "query": examples})
+        with self.meter.waiting():
+            rows = self.retraining(task, plan)
+        for key, seconds in zip(plan.keys(), np.nan_to_num(rows["seconds"]).tolist(), strict=True):
+            self.meter.charge(key, seconds)
+        return torch.as_tensor(rows[split])[:, columns]
 
     def member(self, k: int) -> "Problem":
         """The same question about the k-th explained training; 0 is this one."""
@@ -138,6 +176,14 @@ class Problem:
         return self.once(key, made)
 
 
+def _columns(split: Examples, examples: Examples) -> list[int] | None:
+    """Where these examples stand in a split; None where they do not."""
+    place = {i: column for column, i in enumerate(split.ids)}
+    columns = [place[i] for i in examples.ids if i in place]
+    same = len(columns) == len(examples) and split.select(columns).fingerprint() == examples.fingerprint()
+    return columns if same else None
+
+
 def started(training: Trajectory) -> Trajectory:
     """As if it had ended where it began: the base model."""
     return replace(training, checkpoints=(Checkpoint(0, training.initial, 0.0),))
@@ -154,6 +200,7 @@ class Method:
     `calibrated`: scores are in units of the measurement; otherwise only their order counts.
     `signed`: positive scores mean that an example helped; `random` promises nothing.
     `needs`: of "texts", "labels", "checkpoints", what the task must have.
+    `retrainings(task)`: how many trainings it asks for beyond the explained ones, told by plan=true.
     """
 
     calibrated: bool = False
@@ -182,6 +229,9 @@ class Method:
         if "checkpoints" in self.needs and task.recipe.optimizer == "lbfgs":
             return f"needs checkpoints, which model={task.model} (solved to its optimum) does not keep"
         return None
+
+    def retrainings(self, task: Task) -> int:
+        return 0
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the files that the settings name: another content is another run."""

@@ -40,7 +40,8 @@ def retrain(
     progress: Callable[[int, int], None] | None = None,
     shipped: Path | None = None,
 ) -> Rows:
-    """Measurements on val and query after each training of the plan: {"val": (M, V), "query": (M, Q)}, float64.
+    """Measurements on val and query after each training of the plan, and its seconds (those of a batch of trainings in
+    equal parts): {"val": (M, V), "query": (M, Q), "seconds": (M,)}, float64.
 
     Rows that the store holds are read; the others are trained, each kept as soon as its unit is finished. Several
     launches over one folder share the work: what another is making is waited for, and made here if that one dies.
@@ -76,10 +77,13 @@ def retrain(
             while missing():
                 for unit, done in executor.run(task, units()):
                     facts = {"engine": engine, "host": platform.node(), "seconds": done.seconds}
-                    store.add(unit.keys(), done.rows, facts)
+                    seconds = np.full(len(unit), done.seconds / len(unit))
+                    store.add(unit.keys(), {**done.rows, "seconds": seconds}, facts)
                     tell()
                 if missing():
                     time.sleep(0.5)  # others are at it
                 tell()
     rows = store.read()
-    return {name: np.stack([rows[key][name] for key in keys]) for name in ("val", "query")}
+    measured = {name: np.stack([rows[key][name] for key in keys]) for name in ("val", "query")}
+    unknown = np.float64(np.nan)  # of rows that were kept before their seconds were
+    return {**measured, "seconds": np.stack([rows[key].get("seconds", unknown) for key in keys])}

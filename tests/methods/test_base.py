@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import close, far, parameters, problem_of, three_classes
@@ -10,8 +11,10 @@ from methods.base import Method, Problem, Unsupported, require_eval, started, un
 from methods.baselines import Loss, Random
 from methods.gradients.blocks import blocks_of
 from methods.gradients.per_example import gradients, plain
-from tasks.base import Annotations, Checkpoint, Trajectory
-from tasks.training.train import train
+from tasks.base import Annotations, Checkpoint, Task, Trajectory
+from tasks.training.engines import measured, one_by_one
+from tasks.training.plan import Plan
+from tasks.training.train import load, train
 
 
 def test_a_task_with_annotations_is_refused() -> None:
@@ -124,6 +127,32 @@ def test_train_mode_is_refused_by_name() -> None:
     model.get_submodule("layers.1").train()
     with pytest.raises(RuntimeError, match=r"train mode.*layers\.1"):
         require_eval(model)
+
+
+def test_retrainings_measure_any_examples_and_are_charged_once_each() -> None:
+    task, asked = three_classes(), []
+
+    def retraining(given: Task, plan: Plan) -> dict[str, np.ndarray]:
+        asked.append(given)
+        return one_by_one(given, plan) | {"seconds": np.array([2.0, np.nan])}
+
+    problem = Problem(task, 0, lambda k: train(task, k), retraining=retraining)
+    plan = Plan(torch.ones(2, len(task.train), dtype=torch.float64), (3, 4), own_batches=True)
+    queries = task.splits["query"]
+    found = problem.retrained(plan, queries)
+    wanted = np.stack([measured(task, load(task.initial(seed), train(task, seed).final), "query") for seed in (3, 4)])
+    assert close(found, torch.as_tensor(wanted)) and not close(found[0], found[1])
+    assert close(problem.retrained(plan, queries.select([2, 0])), found[:, [2, 0]])
+    assert all(given is task for given in asked), "the store of the task itself serves its own splits"
+    turned = replace(queries, targets=(queries.targets + 1) % 3)  # the ids of queries, and other labels
+    assert far(problem.retrained(plan, turned), found) and asked[-1] is not task
+    both = problem.retrained(plan, task.train.select([0, 1]))
+    assert both.shape == (2, 2) and close(both, problem.retrained(plan, task.train)[:, :2])
+    assert (problem.meter.trainings, problem.meter.seconds_of_trainings) == (2, 2.0)
+    assert problem.meter.waited > 0
+    assert close(problem.member(1).retrained(plan, queries), found), "whatever is explained"
+    with pytest.raises(Unsupported, match="retrained"):
+        problem_of(task).retrained(plan, queries)
 
 
 def test_what_a_method_does_not_offer_is_unsupported() -> None:
