@@ -21,7 +21,8 @@ def planned_work(
     shipped: Path | None = None,
     asked: int = 0,
 ) -> str:
-    """A few lines, `asked` trainings being the method's own. Seconds come from one timed step on this machine, rows that the store holds are not counted."""
+    """A few lines, `asked` trainings being the method's own. Seconds come from one timed step on this machine; rows
+    that the store holds are not counted."""
     parameters = sum(p.numel() for p in task.initial(0).parameters())
     lines = [
         f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} ({parameters:,} parameters)",
@@ -34,8 +35,9 @@ def planned_work(
     done = store_of(task.public(), cache / "truth", shipped).read()
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(task, seed)
+        later = getattr(evaluation, "later", None)
         if plan is None:
-            lines.append(f"{name}: no retraining")
+            lines.append(f"{name}: {later()} retrainings for each method" if later else f"{name}: no retraining")
             continue
         keys = plan.keys()
         missing = [k for k, key in enumerate(keys) if key not in done]
@@ -47,7 +49,7 @@ def planned_work(
             f"{executor.engine_for(task)}: at most about {seconds:.0f} s on {executor.processes()} processes, "
             f"{len(missing) * rows * 8 / 2**20:.1f} MiB"
         )
-        if later := getattr(evaluation, "later", None):
+        if later:
             lines[-1] += f"; then {later()} more for each method"
     return "\n".join(lines)
 

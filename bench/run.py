@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from bench import config as configuration
 from bench import records
 from bench.console import Console, still_at_it
-from bench.evaluations.base import Case, Evaluation, NotApplicable, Unfit
+from bench.evaluations.base import Case, Evaluation, Metric, NotApplicable, Unfit
 from bench.memory import Peak
 from bench.plan import planned_work
+from bench.statistics import bootstrap_queries
 from methods.base import Fits, Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
 from methods.gradients.sharding import first, summed
@@ -209,6 +210,11 @@ def _judge(
             record["metrics"][metric] = entry.entry()
             if len(entry.replicates):
                 kept.replicates[metric] = entry.replicates
+    if "attribution/query" in kept.scores:
+        for name, values in method.report(problem, problem.task.splits["query"]).items():
+            of_query = values.cpu().double().numpy()
+            mean = Metric(float(of_query.mean()), bootstrap_queries(of_query, 0), len(of_query), {}, better=None)
+            record["metrics"][name], kept.replicates[name] = mean.entry(), mean.replicates
     record["truths"] = case.notes
     if not kept.scores and record["status"] == "ok":
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}

@@ -181,9 +181,9 @@ def bootstrap_queries(values: Array, seed: int, number: int = RESAMPLES) -> Arra
 
 
 def bootstrap_parts(x: Array, y: Array, kind: str, seed: int, number: int = RESAMPLES) -> Array:
-    """What moves a replicate of `kind` (a correlation, `slope` or `intercept`), (3, R), each of mean 0: resampled rows,
-    resampled queries, and what only both do together. Linear in the values of queries: the parts of a difference of
-    methods, or of a mean over seeds, are the difference or the mean of their parts. For `crossed`.
+    """What moves a replicate of `kind` (a correlation, `slope`, `intercept`, or the `mean` of y), (3, R), each of mean
+    0: resampled rows, resampled queries, and what only both do together. Linear in the values of queries: the parts of
+    a difference of methods, or of a mean over seeds, are the difference or the mean of their parts. For `crossed`.
 
     Resampling n things spreads √((n − 1)/n) as far as drawing new ones, and an interval of a spread so estimated is
     t_{.975, n−1}/z_.975 as wide: the first two parts carry these factors.
@@ -233,6 +233,8 @@ def _replicates(x: Array, y: Array, kind: str, counts: NDArray[np.int64]) -> Arr
         return np.nan_to_num(np.stack([_tau(a, b, counts) for a, b in pairs], 1))
     if kind == "spearman":
         return np.nan_to_num(_rho(_settled(x), _settled(y), counts))
+    if kind == "mean":
+        return np.asarray(counts @ y / counts.sum(1, keepdims=True))
     cov, vx, vy = _moments(x, y, counts)
     with np.errstate(invalid="ignore", divide="ignore"):
         if kind == "pearson":

@@ -1,7 +1,7 @@
 """What a method is, and what it may see."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -78,7 +78,8 @@ class Problem:
 
     `trajectory(k)` is the k-th explained training; 0 is the run that is explained, others have independent seeds and
     are charged to whoever asks. `where` names what is explained where that is not the run itself: all random draws
-    depend on it. `retraining` trains a task by a plan, for methods that value examples by retraining.
+    depend on it. `retraining` trains a task by a plan, for methods that value examples by retraining. `wanted`: the
+    training rows whose scores will be looked at; a method may leave those of others at any number.
     """
 
     task: Task
@@ -89,6 +90,7 @@ class Problem:
     fits: Fits = field(default_factory=Fits, repr=False)
     where: tuple[object, ...] = ()
     retraining: Retraining | None = field(default=None, repr=False)
+    wanted: tuple[int, ...] | None = None
     _once: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,10 @@ class Problem:
     def at(self, change: Callable[[Trajectory], Trajectory], *name: object) -> "Problem":
         """The same question about an earlier state of the explained trainings: see `started` and `until`."""
         return self._of(lambda k: change(self.trajectory(k)), *name)
+
+    def within(self, rows: Sequence[int]) -> "Problem":
+        """The same question, of whose answer only these training rows are looked at."""
+        return replace(self, wanted=tuple(rows))
 
     def _of(self, explained: Callable[[int], Trajectory], *name: object) -> "Problem":
         return replace(self, explained=explained, where=(*self.where, *name), fits=Fits(), _once={})
@@ -219,6 +225,10 @@ class Method:
         """Parts of `attribute` that sum to it: by="layer" {"layers": (L, Q, N)}, by="token" {"train_tokens": (Q, N, T),
         "query_tokens": (Q, T, N)}, the last of T being what belongs to no token."""
         raise Unsupported(f"{type(self).__name__} has no scores by {by}")
+
+    def report(self, problem: Problem, queries: Examples) -> dict[str, Tensor]:
+        """Figures of the method's own about an attribution, by name (Q,): their means enter the record, not ranked."""
+        return {}
 
     def unmet(self, task: Task) -> str | None:
         """Why this method cannot run on a task, told before anything is trained; None where it can."""

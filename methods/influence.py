@@ -213,6 +213,9 @@ def _own(problem: Problem, source: Source) -> Iterator[tuple[Tensor, list[Factor
         yield from share(source.gradients(problem.train, loss))
         return
     rows = mine(len(problem.train))
+    if problem.wanted is not None:
+        wanted = torch.tensor(problem.wanted, dtype=torch.long)
+        rows = wanted if rows is None else rows[torch.isin(rows, wanted)]
     train = problem.train if rows is None else problem.train.select(rows)
     for index, found in source.gradients(train, loss):
         problem.meter.gradients += len(index)

@@ -86,8 +86,8 @@ class Case:
     shipped: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def retrain(self, name: str, plan: Plan) -> Rows:
-        """Measurements after each training of the plan, from the store or made now."""
+    def retrain(self, name: str, plan: Plan, task: Task | None = None) -> Rows:
+        """Measurements after each training of the plan, from the store or made now; of `task` where that is another."""
         there: list[int] = []
 
         def tell(done: int, of: int) -> None:
@@ -95,7 +95,7 @@ class Case:
             self.progress(name, done, of)
 
         started = time.perf_counter()
-        rows = retrain(self.task, plan, self.store, self.executor, tell, self.shipped)
+        rows = retrain(task or self.task, plan, self.store, self.executor, tell, self.shipped)
         made = len(set(plan.keys())) - there[0] if there else 0
         note = self.notes.setdefault(name, {"engine": self.executor.engine_for(self.task), "trainings": 0, "made": 0})
         note["trainings"] += len(plan)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.evaluations.base import Case, Metric, NotApplicable, finite
+from bench.evaluations.base import Case, Metric, NotApplicable
+from bench.evaluations.rankings import rankings
 from bench.statistics import Array, average_precision, found_in_first, roc_auc, stratified_counts
-from methods.base import Unsupported
 from tasks.base import Task, digest
 from tasks.errors import require
 
@@ -40,14 +40,8 @@ class Detection:
     def evaluate(self, case: Case) -> dict[str, Metric]:
         positive = self.wrong(case.task)
         metrics: dict[str, Metric] = {}
-        for name, make in {"value": lambda: case.value()[None], "attribution": lambda: case.attribution("val")}.items():
-            try:
-                scores, nan = finite(make())
-            except (Unsupported, NotApplicable):
-                continue
-            metrics |= self._metrics(name, positive, -scores.mean(0), nan)
-        if not metrics:
-            raise NotApplicable("the method neither values nor attributes")
+        for name, helps, nan in rankings(case):
+            metrics |= self._metrics(name, positive, -helps, nan)
         metrics["base_rate"] = Metric(float(positive.mean()), np.empty(0), len(positive), {}, better=None)
         return metrics
 
