@@ -39,10 +39,12 @@ from bench import config as configuration
 from bench.config import one_line
 from bench.run import build, build_method, build_task, check_device
 from methods.base import Method, Problem, Unsupported
-from tasks.base import Checkpoint, Examples, Task, Trajectory, generator, named_seed
+from tasks.base import Checkpoint, Examples, Task, Trajectory, digest, generator, named_seed
 from tasks.errors import UserError
-from tasks.training.plan import explained_seed
+from tasks.training.engines import Rows, one_by_one, stacked
+from tasks.training.plan import Plan, explained_seed
 from tasks.training.train import train
+from tasks.training.vectorised import stackable
 
 HELP = """Whether a method keeps its contract: shapes, determinism, invariances, sign, scale, needs, no side effects.
 
@@ -113,6 +115,7 @@ class World:
     wrong: Tensor | None = None
     device: str = "cpu"
     _trained: dict[int, Trajectory] = field(default_factory=dict, repr=False)
+    _retrained: dict[str, Rows] = field(default_factory=dict, repr=False)
 
     @cached_property
     def prints(self) -> dict[str, str]:
@@ -129,6 +132,15 @@ class World:
             seed = explained_seed(0) if k == 0 else named_seed("explained", 0, "member", k)
             self._trained[k] = train(self.task, seed)
         return self._trained[k]
+
+
+    def retrained(self, task: Task, plan: Plan) -> Rows:
+        """As in a run, where equal rows are trained once."""
+        asked = digest([task.fingerprint(), plan.keys()])
+        if asked not in self._retrained:
+            rows = (stacked if stackable(task) else one_by_one)(task, plan)
+            self._retrained[asked] = {**rows, "seconds": np.zeros(len(plan))}
+        return self._retrained[asked]
 
 
 def worlds(device: str = "cpu") -> tuple[World, ...]:
@@ -156,7 +168,8 @@ def featured(rows: Examples) -> Examples:
 
 
 def planted(task: Task) -> tuple[Task, Tensor, Tensor]:
-    """Each query RIGHT times with its label, WRONG times with another, behind the training rows; which these are."""
+    """Each query RIGHT times with its label, WRONG times with another, behind the training rows; which these are. The
+    queries are the validation split, too."""
     rows, queries = task.train, task.splits["query"]
     n, q, classes = len(rows), len(queries), int(rows.targets.max()) + 1
     original = torch.cat([torch.full((n,), -1), torch.arange(q).repeat(RIGHT + WRONG)])  # the query that it copies
@@ -176,7 +189,8 @@ def planted(task: Task) -> tuple[Task, Tensor, Tensor]:
         tuple(texts[i] for i in index) if texts else None,
     )
     of_query = original[None] == torch.arange(q)[:, None]  # (Q, N)
-    return replace(task, splits={**task.splits, "train": train}), of_query & ~flipped, of_query & flipped
+    val = replace(queries, ids=tuple(f"val{i}" for i in queries.ids))  # who values by val looks for the same rows
+    return replace(task, splits={**task.splits, "train": train, "val": val}), of_query & ~flipped, of_query & flipped
 
 
 @dataclass(frozen=True)
@@ -239,7 +253,7 @@ def shown(world: World, seed: int = 0, changes: Mapping[str, Change] | None = No
         return handed[k]
 
     task = replace(world.task, splits=splits, build=models)
-    return Shown(Problem(task, seed, explained, world.device), models, handed, [])
+    return Shown(Problem(task, seed, explained, world.device, retraining=world.retrained), models, handed, [])
 
 
 def copied(rows: Examples) -> Examples:
