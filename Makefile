@@ -42,8 +42,9 @@ $(VENV)/.dev: $(VENV)/.installed
 # and beside them the few light packages that they do import.
 peers: $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps \
-		kronfluence curvlinops-for-pytorch traker backpack-for-pytorch unfoldnd
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv linear_operator opt_einsum
+		kronfluence curvlinops-for-pytorch traker backpack-for-pytorch unfoldnd cleanlab
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt accelerate einops einconv linear_operator opt_einsum \
+		termcolor
 
 clean:
 	rm -rf results/runs results/cache results/tables results/sweeps

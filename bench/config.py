@@ -38,7 +38,7 @@ DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
 EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for every block"}  # by argument's name
 # Their content is fingerprinted instead, or decides nothing.
-PATHS = (("task", "data_dir"), ("model", "path"), ("method", "path"), ("method", "store"))
+PATHS = (("task", "data_dir"), ("task", "query_file"), ("model", "path"), ("method", "path"), ("method", "store"))
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, AssertionError)  # what Hydra raises for a wrong config
 
 Config = dict[str, Any]
@@ -93,7 +93,10 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def open_custom(overrides: Sequence[str]) -> list[str]:
-    """`method=custom` takes any key: `method.k=3` becomes Hydra's `++method.k=3` (add or replace)."""
+    """`method=custom` and `model=custom` take any key: `method.k=3` becomes Hydra's `++method.k=3` (add or replace).
+    A custom model's `_target_` is the callable that makes the network: the model's `make`."""
+    if "model=custom" in overrides:
+        overrides = [re.sub(r"^\+{0,2}model\._target_=", "model.make=", override) for override in overrides]
     opened = []
     for override in overrides:
         key, _, value = override.partition("=")

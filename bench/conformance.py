@@ -133,7 +133,6 @@ class World:
             self._trained[k] = train(self.task, seed)
         return self._trained[k]
 
-
     def retrained(self, task: Task, plan: Plan) -> Rows:
         """As in a run, where equal rows are trained once."""
         asked = digest([task.fingerprint(), plan.keys()])

@@ -6,6 +6,8 @@
         scores.safetensors        `attribution/<split>` (Q, N), `value` (N,); the examples' ids in its metadata
         replicates.safetensors    bootstrap replicates (R,) of each metric, or their parts (3, R), float32
         queries.safetensors       `<metric>/<name>` (Q,): what each query contributes; absent where nothing has queries
+        suspects.csv              training rows, most suspicious first, and why; where no errors are known (as below)
+        influence.csv             the best helpers and worst opponents of each query
 
 A record is a plain dict. Numbers that are not finite are stored as null. A kept copy may lack the array files.
 """
@@ -167,13 +169,14 @@ def write(
     ids: Mapping[str, Sequence[str]],
     replicates: Mapping[str, np.ndarray],
     by_query: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    texts: Mapping[str, str] | None = None,
     *,
     replace: bool = False,
 ) -> Path:
     """Stores one run and returns its folder, which appears whole or not at all.
 
     A readable record that is already there (a twin's, say) stays as it is unless `replace`; a damaged one is replaced.
-    `by_query`: metric -> named arrays (Q,), such as each query's value, reliability and ceiling.
+    `by_query`: metric -> named arrays (Q,), such as each query's value, reliability and ceiling. `texts`: other files.
     `scores` `attribution/<split>` (Q, N) must fit `ids[<split>]` and `ids["train"]` where these are given.
     Raises ValueError for a malformed record or array, UserError when the folder cannot be written.
     """
@@ -196,6 +199,8 @@ def write(
             safetensors.numpy.save_file(replicates, aside / "replicates.safetensors")
             if queries:
                 safetensors.numpy.save_file(queries, aside / "queries.safetensors")
+            for name, text in (texts or {}).items():
+                (aside / name).write_text(text, encoding="utf-8")
             (aside / "record.json").write_text(dumps(record), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _sync(path)

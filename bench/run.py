@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bench import config as configuration
-from bench import records
+from bench import records, suspects
 from bench.console import Console, still_at_it
 from bench.evaluations.base import Case, Evaluation, Metric, NotApplicable, Unfit
 from bench.memory import Peak
@@ -31,7 +31,7 @@ from bench.statistics import bootstrap_queries
 from methods.base import Fits, Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
 from methods.gradients.sharding import first, summed
-from tasks.base import Task, Trajectory
+from tasks.base import Task, Trajectory, digest
 from tasks.errors import UserError
 from tasks.training.engines import Executor
 from tasks.training.explained import explained
@@ -40,6 +40,7 @@ from tasks.training.retrain import retrain
 from tasks.training.train import load
 
 VERSION = 1  # of what attribution and judging mean; enters every run id
+WRITTEN = ("suspects.csv", "influence.csv")
 FITS = Fits()  # the last fit of this process: a sweep over damping factorises once
 
 
@@ -70,6 +71,7 @@ def run(config: DictConfig) -> Outcome:
         "config": configuration.run_key(config),
         "code": source_of(method),
         **({"inputs": method.inputs()} if method.inputs() else {}),
+        **({"classes": task.classes, "known": known_errors(task)} if config.task.get("clean") else {}),
         "data": task.fingerprint(),
         "task": task.key(),
         "versions": [VERSION, TRAINING_VERSION],
@@ -94,7 +96,12 @@ def run(config: DictConfig) -> Outcome:
         "status": "ok",
         "reason": None,
         "task": task.name,
-        "data": {"source": task.source, "fingerprint": task.fingerprint()[:16], "n_train": len(task.train)},
+        "data": {
+            "source": task.source,
+            "fingerprint": task.fingerprint()[:16],
+            "n_train": len(task.train),
+            **({"notes": list(task.notes)} if task.notes else {}),
+        },
         "model": task.model,
         "method": name,
         "method_label": label_of(config, method),
@@ -105,7 +112,7 @@ def run(config: DictConfig) -> Outcome:
         "fitness": {},
         "cost": {},
     }
-    kept = Kept({}, {}, {}, {})
+    kept = Kept({}, {}, {}, {}, {})
     try:
         _judge(config, task, method, evaluations, executor, console, record, kept)
     except (UserError, KeyboardInterrupt):
@@ -124,6 +131,7 @@ def run(config: DictConfig) -> Outcome:
         kept.ids,
         kept.replicates,
         kept.by_query,
+        kept.texts,
         replace=True,
     )
     return Outcome(record["status"], str(folder), record["reason"], task.name, False)
@@ -137,6 +145,7 @@ class Kept:
     ids: dict[str, Sequence[str]]
     replicates: dict[str, np.ndarray]
     by_query: dict[str, dict[str, np.ndarray]]
+    texts: dict[str, str]
 
 
 def _judge(
@@ -159,6 +168,8 @@ def _judge(
         f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} method={record['method']}",
         file=sys.stderr,
     )
+    for note in task.notes:
+        print(f"  {note}", file=sys.stderr)
     with console.phase("explained_training", "explained model"):
         trajectory = explained(task, config.seed, 0, cache / "models")
     if not all(torch.isfinite(p).all() for p in trajectory.final.values()):
@@ -200,8 +211,9 @@ def _judge(
         shipped=shipped_truth(),
     )
     if not evaluations:
-        for make in (lambda: attribution("query"), value):
-            _try(make, record)
+        _try(lambda: attribution("query"), record)
+        if _try(value, record) is None and "attribution/query" in kept.scores and len(task.splits["val"]):
+            _try(lambda: attribution("val"), record)  # who is suspicious, by who harms it
     for name, evaluation in evaluations.items():
         with console.phase("evaluation", name):
             found = _try(lambda evaluation=evaluation: evaluation.evaluate(case), record)  # type: ignore[misc]
@@ -215,6 +227,8 @@ def _judge(
             of_query = values.cpu().double().numpy()
             mean = Metric(float(of_query.mean()), bootstrap_queries(of_query, 0), len(of_query), {}, better=None)
             record["metrics"][name], kept.replicates[name] = mean.entry(), mean.replicates
+    if not evaluations or task.annotations is None or not task.annotations.flipped:
+        kept.texts.update(written(task, trajectory, record["method_label"], kept.scores))
     record["truths"] = case.notes
     if not kept.scores and record["status"] == "ok":
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
@@ -233,6 +247,26 @@ def _judge(
         "gradients": int(gradients.item()),
         "stored_bytes": sum(a.nbytes for a in kept.scores.values()) + problem.meter.stored_bytes,
     }
+
+
+def known_errors(task: Task) -> str:
+    """Fingerprint of what a user's file says of its wrong labels, which no training sees."""
+    facts = task.annotations
+    return digest(None if facts is None else [sorted(facts.flipped), sorted(facts.clean.items())])
+
+
+def written(task: Task, trajectory: Trajectory, by: str, scores: dict[str, np.ndarray]) -> dict[str, str]:
+    """suspects.csv and influence.csv, as far as these scores tell."""
+    found = {}
+    if "value" in scores:
+        found["suspects.csv"] = suspects.suspects(task, trajectory, scores["value"], by)
+    elif "attribution/val" in scores:
+        helps = scores["attribution/val"].mean(0)
+        found["suspects.csv"] = suspects.suspects(task, trajectory, helps, f"{by}, mean over val")
+    if "attribution/query" in scores:
+        queries = task.splits["query"]
+        found["influence.csv"] = suspects.influence(task, trajectory, queries, scores["attribution/query"])
+    return {name: table.to_csv(index=False, float_format="%.6g") for name, table in found.items()}
 
 
 def _try(make: Callable[[], Any], record: dict[str, Any]) -> Any:
@@ -354,6 +388,8 @@ def build_evaluations(config: DictConfig, task: Task) -> dict[str, Evaluation]:
         evaluation = build(config.truth[name])
         try:
             evaluation.plan(task, config.seed)
+            if task.recipe.epochs == 0 and name != "detection":
+                raise NotApplicable(f"{name} retrains, and model.recipe.epochs=0 trains nothing")
         except NotApplicable as reason:
             reasons.append(str(reason))
             continue
@@ -498,6 +534,8 @@ def report(out: Path, outcomes: Sequence[Outcome]) -> str:
         if outcome.folder is not None:
             again = " (found: rerun=true does it again)" if outcome.found else ""
             lines.append(f"record: {outcome.folder}{again}")
+            own = [path for name in WRITTEN if (path := Path(outcome.folder) / name).exists()]
+            lines += [f"{path.stem}: {path}" for path in own if len(outcomes) == 1]
         if outcome.reason and outcome.status != "failed":
             lines.append(f"{outcome.status}: {outcome.reason}")
     return "\n".join(lines).strip("\n")

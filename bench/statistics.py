@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
-from torch import from_numpy
 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
@@ -89,6 +88,8 @@ def _order(x: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.i
 def _midranks(order: NDArray[np.int64], first: NDArray[np.int64], group: NDArray[np.int64], counts: Array) -> Array:
     """Twice the mid-ranks about their mean, (S, R), of what `_order` says of x, where row s is there `counts[s, r]`
     times: running sums in the order of x, so that nothing is sorted again."""
+    from torch import from_numpy
+
     drawn = counts[order]
     if len(first) < len(order):
         drawn = np.add.reduceat(drawn, first, axis=0)

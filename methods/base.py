@@ -205,7 +205,7 @@ class Method:
 
     `calibrated`: scores are in units of the measurement; otherwise only their order counts.
     `signed`: positive scores mean that an example helped; `random` promises nothing.
-    `needs`: of "texts", "labels", "checkpoints", what the task must have.
+    `needs`: of "texts", "labels", "checkpoints", "retraining", what the task must have.
     `retrainings(task)`: how many trainings it asks for beyond the explained ones, told by plan=true.
     """
 
@@ -234,8 +234,11 @@ class Method:
         """Why this method cannot run on a task, told before anything is trained; None where it can."""
         if "texts" in self.needs and task.train.texts is None:
             return f"needs texts, which task={task.name} does not have"
-        if "labels" in self.needs and task.train.targets.is_floating_point():
+        targets = task.train.targets
+        if "labels" in self.needs and (targets.is_floating_point() or targets.ndim != 1):
             return f"needs class labels, which task={task.name} does not have"
+        if "retraining" in self.needs and task.recipe.epochs == 0:
+            return "needs retrainings, and model.recipe.epochs=0 trains nothing"
         if "checkpoints" in self.needs and task.recipe.optimizer == "lbfgs":
             return f"needs checkpoints, which model={task.model} (solved to its optimum) does not keep"
         return None

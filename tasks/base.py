@@ -108,7 +108,8 @@ class Recipe:
 
     `weight_decay` γ is either `l2` (½γ‖θ‖² over all parameters is part of the objective, and so of its curvature) or
     `decoupled` (AdamW: no part of the objective). `bucket` batches are pooled and sorted by length before they are cut,
-    1 keeps them purely random. `checkpoints` states are kept, the last one is the end of training.
+    1 keeps them purely random. `checkpoints` states are kept, the last one is the end of training. `epochs` 0:
+    nothing is trained, what is explained are the weights that the model starts from.
     """
 
     optimizer: str  # sgd | adamw | lbfgs
@@ -137,7 +138,7 @@ class Recipe:
         for key, allowed in options.items():
             if getattr(self, key) not in allowed:
                 raise UserError(f"model.recipe.{key}", getattr(self, key), allowed=allowed)
-        require(self.epochs >= 1, "model.recipe.epochs", self.epochs, "1 or more")
+        require(self.epochs >= 0, "model.recipe.epochs", self.epochs, "0 or more")
         require(self.batch_size >= 1, "model.recipe.batch_size", self.batch_size, "1 or more")
         require(self.lr > 0, "model.recipe.lr", self.lr, "above 0")
         require(self.weight_decay >= 0, "model.recipe.weight_decay", self.weight_decay, "0 or more")
@@ -206,7 +207,11 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Task:
-    """Data, model, objective and recipe. `identity` is everything that changes what a training on it gives."""
+    """Data, model, objective and recipe. `identity` is everything that changes what a training on it gives.
+
+    `classes`: names of the class labels by index; `notes`: what a reader should know of the data (dropped rows, rare
+    labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None changes a training.
+    """
 
     name: str
     splits: Mapping[str, Examples]  # train, val, query, test
@@ -220,6 +225,9 @@ class Task:
     dtype: torch.dtype = torch.float32
     annotations: Annotations | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # provenance by id, where data is generated; judge's only
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def train(self) -> Examples:

@@ -10,7 +10,7 @@ from tasks.base import Examples, Task, named_seed
 from tasks.data.corruption import Corruption
 from tasks.data.sources import SOURCES, Labelled, hub_file, named_folder, need_folder, read_parquet, read_tsv
 from tasks.errors import UserError, require
-from tasks.models.encoder import PretrainedEncoder, ScratchBert
+from tasks.models.encoder import text_model
 from tasks.objectives.classification import Classification
 
 VERSION = 1
@@ -34,10 +34,7 @@ def sst2(
 
     `floor`: source -> test accuracy below which the task is unfit.
     """
-    if not isinstance(model, ScratchBert | PretrainedEncoder):
-        raise UserError(
-            "model", model.name, "does not read text, which task=sst2 gives", allowed="an encoder, as bert_tiny"
-        )
+    model = text_model(model, "sst2")
     for key, size in {"n_train": n_train, "n_val": n_val, "n_query": n_query}.items():
         require(size >= 1, f"task.{key}", size, "1 or more")
     source, pools, facts = _read(data, data_dir, n_train, n_val, n_query, seed)

@@ -94,11 +94,11 @@ class Repair:
 
 
 def relabelled(task: Task, rows: Sequence[int]) -> Task:
-    """The same with the right labels of these training rows."""
+    """The same with the right labels of these training rows, where they are known."""
     assert task.annotations is not None
     targets = task.train.targets.clone()
     for row in rows:
-        targets[row] = task.annotations.clean[task.train.ids[row]]
+        targets[row] = task.annotations.clean.get(task.train.ids[row], int(targets[row]))
     if torch.equal(targets, task.train.targets):
         return task
     return replace(task, splits={**task.splits, "train": replace(task.train, targets=targets)})

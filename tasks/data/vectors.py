@@ -1,16 +1,17 @@
-"""Rows of numbers: sets bundled with scikit-learn, a CSV file, a folder in the UCI benchmark's form, idx files."""
+"""Rows of numbers: sets bundled with scikit-learn, a user's file, a folder in the UCI benchmark's form, idx files."""
 
-import csv
 import gzip
 import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tasks.data.files import ALLOWED, open_source, read, real
+from tasks.data.own import QUERY_FILE, Flaw, Rows, ids_of, named_columns, usable
 from tasks.errors import UserError, require
 
 BUNDLED = ("breast_cancer", "wine", "diabetes")
@@ -22,13 +23,15 @@ IDX = {2051: 3, 2049: 1}  # magic number of unsigned bytes -> axes: images, labe
 
 @dataclass(frozen=True)
 class Table:
-    """Features (N, F) float64 and targets (N,), float64 or text; row i of the source is row i. `kind` where the source
-    itself says whether it is for regression or classification."""
+    """Features (N, F) float64 and targets (N,), float64 or text; row i of the source is row i, unless `rows` (of a
+    user's file) name them. `kind` where the source itself says whether it is for regression or classification."""
 
     name: str
     features: np.ndarray
     targets: np.ndarray
     kind: str | None = None
+    rows: Rows | None = None
+    columns: tuple[str, ...] = ()  # of the features, in a user's file
 
 
 def read_bundled(name: str) -> Table:
@@ -42,7 +45,9 @@ def read_bundled(name: str) -> Table:
 
 def find_table(data_dir: str | None) -> Path:
     """The file or folder that the user names: a path, else a folder of $BENCH_DATA/uci_regression."""
-    places = f"a CSV file, a folder with one, a folder with data.txt, or the name of a folder in $BENCH_DATA/{UCI}"
+    places = (
+        f"a file ({ALLOWED}), a folder with one, a folder with data.txt, or the name of a folder in $BENCH_DATA/{UCI}"
+    )
     if data_dir is None:
         raise UserError("task.data", "folder", "needs a place", hint=f"give task.data_dir=: {places}")
     path = Path(data_dir).expanduser()
@@ -54,86 +59,79 @@ def find_table(data_dir: str | None) -> Path:
     raise UserError("task.data_dir", data_dir, "is neither a file nor a folder", allowed=places)
 
 
-def read_table(data_dir: str | None, target: str | None, kind: str) -> Table:
-    """The table at the place that the user names, whichever of the two forms it has."""
-    path = find_table(data_dir)
-    if path.is_file():
-        return read_csv(path, target, kind)
-    if (path / "data.txt").is_file():
-        if target is not None:
-            raise UserError(
-                "task.target", target, "is not possible", hint="a UCI folder names its target itself: take null"
-            )
-        return read_uci(path)
-    files = sorted(path.glob("*.csv"))
-    if len(files) != 1:
-        raise UserError(
-            "task.data_dir", str(path), f"has {len(files)} CSV files and no data.txt", allowed="one of either"
-        )
-    return read_csv(files[0], target, kind)
-
-
-def read_csv(path: Path, target: str | None, kind: str) -> Table:
-    """A comma-separated file with a header, UTF-8; every column but `target` is a number. Empty lines are no rows.
+def read_file(
+    place: str,
+    key: str,
+    target: str | None,
+    kind: str,
+    id: str | None = None,
+    clean: str | None = None,
+    features: Sequence[str] | None = None,
+) -> Table:
+    """A user's file, named by the setting `key`. `features`: the columns of numbers, null for all that have no other
+    role. Rows without a target, or without a number in every feature, are no rows of the table; it tells how many.
 
     Targets are numbers where all of them are, else text (class labels); numbers mixed with text are class labels only
-    if `kind` is classification. What cannot be read is told with its line and column.
+    if `kind` is classification. Right labels (`clean`) are written as the targets are.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except UnicodeDecodeError as error:
-        raise UserError("task.data_dir", str(path), f"is not UTF-8 (byte {error.start})") from error
-    except csv.Error as error:
-        raise UserError("task.data_dir", f"{path}:{reader.line_num}", f"is no CSV ({error})") from error
-    except OSError as error:
-        raise UserError("task.data_dir", str(path), f"cannot be read ({error.strerror})") from error
-    if len(lines) < 2:
-        raise UserError("task.data_dir", str(path), "has no rows", allowed="a header and a row a line")
-    header = [name.strip() for name in lines[0][1]]
-    if len(header) < 2 or len(set(header)) < len(header):
-        raise UserError(
-            "task.data_dir", str(path), "has a bad header", allowed="two or more columns, each its own name"
-        )
-    if target not in header:
-        raise UserError("task.target", target, "is missing" if target is None else "is no column", allowed=header)
-    at = header.index(target)
-    features, targets = np.empty((len(lines) - 1, len(header) - 1)), []
-    for row, (line, cells) in enumerate(lines[1:]):
-        if len(cells) != len(header):
-            raise UserError(
-                "task.data_dir",
-                f"{path}:{line}",
-                f"has {len(cells)} columns",
-                allowed=f"{len(header)}, as in the header",
-            )
-        missing = [name for name, cell in zip(header, cells, strict=True) if cell.strip().lower() in MISSING]
-        if missing:
-            raise UserError(
-                "task.data_dir",
-                f"{path}:{line} column {missing[0]}",
-                "has no value",
-                hint="remove the row or fill it in",
-            )
-        features[row] = [_number(cell, path, line, header[k]) for k, cell in enumerate(cells) if k != at]
-        targets.append(cells[at].strip())
-    return Table(path.stem, features, _targets(targets, [line for line, _ in lines[1:]], path, str(target), kind))
+    source = open_source(place, key)
+    if key == QUERY_FILE and clean not in source.columns:
+        clean = None
+    optional = {name: column for name, column in {"task.id": id, "task.clean": clean}.items() if column is not None}
+    roles = named_columns(source, {"task.target": target, **optional})
+    chosen = [name for name in source.columns if name not in roles] if features is None else list(features)
+    named_columns(
+        source, {"task.target": target, **optional, **{f"task.features[{k}]": c for k, c in enumerate(chosen)}}
+    )
+    if not chosen or "" in chosen:
+        problem = "has a column without a name" if chosen else "has no column of features"
+        hint = "an index has no place here: leave it out, or give it a name and task.id=" if chosen else None
+        raise UserError(key, str(source.path), problem, hint=hint)
+    cells = read(source, roles, chosen)
+    labels = cells.text[roles[0]]
+    odd = np.isin(np.arange(len(labels)), list(cells.odd))
+    flaws = [
+        Flaw("without a target", np.array([label.lower() in MISSING for label in labels], dtype=bool)),
+        Flaw(
+            "without a number in every feature",
+            odd,
+            {row: f"column {name} {repr(cell[:20]) if cell else 'empty'}" for row, (name, cell) in cells.odd.items()},
+        ),
+    ]
+    rows = Rows(
+        source=source.path,
+        key=key,
+        at=tuple(str(line) for line in cells.lines),
+        ids=ids_of(source, cells.lines, None if id is None else cells.text[id]),
+        contents=cells.numbers,
+        targets=tuple(labels),
+        clean=None if clean is None else tuple("" if c.lower() in MISSING else c for c in cells.text[clean]),
+    )
+    rows = usable(rows, flaws, "features")
+    targets = _targets(rows, roles[0], kind)
+    if targets.dtype.kind == "f":  # 1 and 1.0 are one label
+        right = None if rows.clean is None else tuple(label_of(real(c)) if c else "" for c in rows.clean)
+        rows = replace(rows, targets=tuple(label_of(y) for y in targets), clean=right)
+    return Table(source.name, np.asarray(rows.contents), targets, None, rows, tuple(chosen))
 
 
-def _targets(texts: Sequence[str], lines: Sequence[int], path: Path, column: str, kind: str) -> np.ndarray:
-    numbers = [_is_number(t) for t in texts]
-    if all(numbers):
-        return np.array([float(t) for t in texts])
-    if kind == "regression" or (kind == "auto" and any(numbers)):
-        odd = numbers.index(False)
-        raise UserError(
-            "task.data_dir",
-            f"{path}:{lines[odd]} column {column}",
-            f"holds {texts[odd]!r}",
-            allowed="a number; or task.kind=classification, for class labels",
-        )
-    return np.array(texts)
+def label_of(value: float | str) -> str:
+    """A class label as text: whole numbers without a fraction."""
+    if isinstance(value, str):
+        return str(value)
+    return str(int(value)) if value == round(value) else repr(float(value))
+
+
+def _targets(rows: Rows, column: str, kind: str) -> np.ndarray:
+    found = np.array([real(text) for text in rows.targets])
+    odd = np.flatnonzero(np.isnan(found))
+    if not len(odd):
+        return found
+    if kind == "regression" or (kind == "auto" and len(odd) < len(rows)):
+        problem = f"holds {rows.targets[odd[0]]!r}"
+        allowed = "a number; or task.kind=classification, for class labels"
+        raise UserError(rows.key, f"{rows.place(int(odd[0]))} column {column}", problem, allowed=allowed)
+    return np.array(rows.targets)
 
 
 def read_uci(folder: Path) -> Table:

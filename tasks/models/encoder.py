@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tasks.base import Recipe
 from tasks.errors import UserError, require
+from tasks.models.custom import Custom, Weights, read_weights, require_start, started
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -46,7 +47,10 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class ScratchBert:
-    """BERT (Devlin et al. 2019) of any size, randomly initialised; WordPiece trained on the training texts."""
+    """BERT (Devlin et al. 2019) of any size, randomly initialised; WordPiece trained on the training texts.
+
+    `path`: a file of weights to start from instead; vocab.txt beside it, where there is one, is the vocabulary.
+    """
 
     name: str
     layers: int
@@ -59,26 +63,70 @@ class ScratchBert:
     init_std: float
     dtype: str
     recipe: Recipe
+    path: str | None = None
 
     def __post_init__(self) -> None:
         require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads={self.heads}")
         require(self.max_length >= 4, "model.max_length", self.max_length, "4 or more")
+        require_start(self.path, self.recipe)
+
+    @cached_property
+    def start(self) -> Weights | None:
+        return None if self.path is None else read_weights(self.path)
 
     def prepare(self, texts: Sequence[str], classes: int) -> tuple[Tokenize, Callable[[], nn.Module], dict[str, Any]]:
         """The tokenizer of these training texts, the builder of θ0, and what identifies both."""
-        from tokenizers import BertWordPieceTokenizer
-
-        vocabulary = word_pieces(texts, self.vocabulary)
-        tokenizer = BertWordPieceTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, lowercase=True)
-        tokenizer.enable_truncation(self.max_length)
-
-        def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
-            return padded([e.ids for e in tokenizer.encode_batch(list(rows))], pad=0)
-
+        vocabulary = vocabulary_of(texts, self.vocabulary, self.path)
         shape = (self.layers, self.width, self.heads, self.intermediate, self.max_length)
         build = partial(build_bert, *shape, self.dropout, self.init_std, len(vocabulary), classes)
         identity = {"shape": shape, "dropout": self.dropout, "init_std": self.init_std, "vocabulary": vocabulary}
-        return tokenize, build, identity
+        if self.start is not None:
+            build = partial(_start_at, build, self.start)
+            identity["start"] = self.start.fingerprint
+            with torch.random.fork_rng(devices=[]):
+                build()  # weights that do not fit are told before anything is trained
+        return word_piece_tokenizer(vocabulary, self.max_length), build, identity
+
+
+def _start_at(build: Callable[[], nn.Module], weights: Weights) -> nn.Module:
+    return started(build(), weights)
+
+
+def text_model(model: Any, task: str) -> "ScratchBert | PretrainedEncoder | Custom":
+    """`model`, where it reads texts; else a line with what does."""
+    if not isinstance(model, ScratchBert | PretrainedEncoder | Custom):
+        raise UserError(
+            "model", model.name, f"does not read text, which task={task} gives", allowed="an encoder, as bert_tiny"
+        )
+    return model
+
+
+def vocabulary_of(texts: Sequence[str], size: int, path: str | None) -> list[str]:
+    """WordPieces of the file vocab.txt beside the weights, a line each, in order; else those of the training texts."""
+    beside = None if path is None else Path(path).expanduser().with_name("vocab.txt")
+    if beside is None or not beside.is_file():
+        return word_pieces(texts, size)
+    try:
+        pieces = beside.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("model.path", str(beside), "cannot be read as UTF-8") from error
+    if pieces[:1] != [SPECIAL[0]] or len(set(pieces)) < len(pieces) or not set(SPECIAL) <= set(pieces):
+        allowed = f"a piece a line, each once, {SPECIAL[0]} first, {', '.join(SPECIAL[1:])} among them"
+        raise UserError("model.path", str(beside), "is no vocabulary", allowed=allowed)
+    return pieces
+
+
+def word_piece_tokenizer(vocabulary: Sequence[str], max_length: int) -> Tokenize:
+    """Texts in small letters as [CLS] … [SEP], cut at `max_length` tokens."""
+    from tokenizers import BertWordPieceTokenizer
+
+    tokenizer = BertWordPieceTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, lowercase=True)
+    tokenizer.enable_truncation(max_length)
+
+    def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
+        return padded([e.ids for e in tokenizer.encode_batch(list(rows))], pad=0)
+
+    return tokenize
 
 
 def word_pieces(texts: Sequence[str], size: int) -> list[str]:
@@ -210,7 +258,7 @@ def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
     logging.disable_progress_bar()
     place = spec.place()
     try:
-        network = AutoModelForSequenceClassification.from_pretrained(
+        network, facts = AutoModelForSequenceClassification.from_pretrained(
             place["name"],
             revision=place["revision"],
             num_labels=classes,
@@ -218,6 +266,7 @@ def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
             trust_remote_code=False,
             attn_implementation="eager",
             dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise spec.unreachable(error) from error
@@ -225,6 +274,10 @@ def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    new = sorted(facts["missing_keys"])
+    if new and spec.recipe.epochs == 0:
+        problem = f"is not possible: {place['name']} has no {new[0]}, so there is no trained model to explain"
+        raise UserError("model.recipe.epochs", 0, problem, allowed="1 or more, or a model.path with a trained head")
     return Classifier(network)
 
 

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tasks.base import Recipe
 from tasks.errors import UserError, require
+from tasks.models.custom import Custom, Weights, read_weights, require_start, started
 
 MADE_FOR = {"linear": "regression", "logreg": "classification", "logreg_mnist": "classification"}
 
@@ -52,7 +54,7 @@ class Perceptron(nn.Module):
 
 @dataclass(frozen=True)
 class MLP:
-    """Reads vectors; PyTorch's own initialisation."""
+    """Reads vectors; PyTorch's own initialisation, or the weights in the file `path`."""
 
     name: str
     hidden: tuple[int, ...]
@@ -60,6 +62,7 @@ class MLP:
     dtype: str
     recipe: Recipe
     activation: str = "relu"
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -71,19 +74,25 @@ class MLP:
             "lbfgs",
             "sgd or adamw with hidden layers: their loss has no unique optimum",
         )
+        require_start(self.path, self.recipe)
+
+    @cached_property
+    def start(self) -> Weights | None:
+        return None if self.path is None else read_weights(self.path)
 
     def build(self, features: int, outputs: int) -> nn.Module:
-        return Perceptron([features, *self.hidden, outputs], self.dropout, self.activation)
+        return started(Perceptron([features, *self.hidden, outputs], self.dropout, self.activation), self.start)
 
     def identity(self) -> dict[str, object]:
         """What tells two of one name apart."""
         smooth = {} if self.activation == "relu" else {"activation": self.activation}
-        return {"hidden": list(self.hidden), "dropout": self.dropout, **smooth}
+        start = {} if self.start is None else {"start": self.start.fingerprint}
+        return {"hidden": list(self.hidden), "dropout": self.dropout, **smooth, **start}
 
 
-def vector_model(model: Any, task: str, kind: str, fitting: Sequence[str]) -> MLP:
+def vector_model(model: Any, task: str, kind: str, fitting: Sequence[str]) -> MLP | Custom:
     """`model`, where it can learn a regression or classification (`kind`) from vectors; else a line with what can."""
-    if not isinstance(model, MLP):
+    if not isinstance(model, MLP | Custom):
         raise UserError("model", model.name, f"does not read vectors, which task={task} gives", allowed=fitting)
     if MADE_FOR.get(model.name, kind) != kind:
         raise UserError(

@@ -33,6 +33,9 @@ def train(
         rows = rows[weights > 0]
     model = task.initial(seed)
     initial = state(model)
+    if task.recipe.epochs == 0:
+        untrained, start = (Checkpoint(0, state(model), 0.0),), _mean_loss(task, model, weights, rows)
+        return Trajectory(seed, initial, untrained, time.perf_counter() - started, start)
     if task.recipe.optimizer == "lbfgs":
         final, loss = minimise(task, weights[None], torch.tensor([len(rows)]))
         end = {name: value[0] for name, value in final.items()}
@@ -71,6 +74,13 @@ def train(
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the trainable parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _mean_loss(task: Task, model: nn.Module, weights: Tensor, rows: Tensor) -> float:
+    """Of the rows, each with its weight: what a training would start at."""
+    total = sum(float((task.loss(model, task.train.batch(i)) * weights[i]).sum()) for i in rows.split(256))
+    return total / len(rows)
 
 
 def _moments(model: nn.Module, update: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:

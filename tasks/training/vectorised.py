@@ -56,7 +56,7 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
             raise ValueError("stacked models must train on equally many rows")
     else:
         members = [torch.arange(n_train)] * models
-    if task.recipe.optimizer == "lbfgs":
+    if task.recipe.optimizer == "lbfgs" and task.recipe.epochs > 0:
         return minimise(task, weights, torch.tensor([len(m) for m in members]))[0]
 
     template = task.initial(0)
@@ -66,6 +66,8 @@ def train_stack(task: Task, weights: Tensor, seeds: list[int], own_batches: bool
         for name, p in template.named_parameters()
         if p.requires_grad
     }
+    if task.recipe.epochs == 0:
+        return {name: leaf.detach() for name, leaf in leaves.items()}
     # Equal seeds and equal sizes permute positions equally: draw each order once.
     positions = {s: batch_order(torch.arange(len(members[0])), None, task.recipe, s) for s in set(seeds)}
     member = torch.stack(members)  # (M, n)

@@ -52,14 +52,30 @@ FEWER = {  # steps, where many small ones are taken: their answers are tested be
     "trak": ["method.k=2"],
     "loss_covariance": ["method.k=3"],
     "exact_hessian": ["method.damping.value=1.0"],
+    "shapley": ["method.permutations=3", "method.prefixes=4"],
+    "beta_shapley": ["method.permutations=3", "method.prefixes=4"],
+    "banzhaf": ["method.subsets=20"],
+    "datamodel": ["method.subsets=20"],
+    "group": ["method.groups=5"],
+    "prefilter": ["method.top=20"],
 }
 METHODS = [m for m in configuration.choices("method") if m not in ("custom", "from_file")]
 
 
 CANNOT = {  # method: a word of the reason
-    "digits": {"tfidf": "texts", "tracin_adam": "Adam"},
+    "digits": {"tfidf": "texts", "bm25": "texts", "prefilter": "texts", "tracin_adam": "Adam"},
     "sentiment": {"source": "SGD"},
-    "regression": {"tfidf": "texts", "same_label": "labels", "contrast": "labels", "tracin_adam": "Adam"},
+    "regression": {
+        "tfidf": "texts",
+        "bm25": "texts",
+        "prefilter": "texts",
+        "tracin_adam": "Adam",
+        **dict.fromkeys(
+            ("same_label", "contrast", "knn_shapley", "repsim", "embedding", "activation_precond"), "labels"
+        ),
+        **dict.fromkeys(("confidence", "entropy", "margin", "aum", "forgetting", "mahalanobis"), "labels"),
+        **dict.fromkeys(("knn_disagreement", "confident_learning"), "labels"),
+    },
 }
 REGRESSION = [
     "task=tabular", "task.data=diabetes", "model=mlp_tabular", "model.recipe.epochs=10", "task.n_query=8",

@@ -151,8 +151,8 @@ def csv(place: Path, targets: list[str]) -> str:
     [
         (["red", "blue"] * 20, "classification"),
         (["10", "9"] * 20, "classification"),
-        ([str(i % 20) for i in range(60)], "classification"),
-        ([str(i % 21) for i in range(60)], "regression"),
+        ([str(i % 20) for i in range(120)], "classification"),
+        ([str(i % 21) for i in range(126)], "regression"),
         (["0.5", "1"] * 20, "regression"),
     ],
     ids=["text", "two_numbers", "twenty_numbers", "more_numbers", "fractions"],
@@ -177,6 +177,16 @@ def test_impossible_kinds_and_places_are_refused(tmp_path: Path) -> None:
     assert "task.kind=classification is not possible; allowed: with 2 to 15 classes (mine has 30 in 30 rows)" in said
     path = csv(tmp_path, ["same"] * 30)
     assert "mine has 1 in 30 rows" in refused(lambda: made("folder", data_dir=path, target="y"))
+    boat = tmp_path / "boat"
+    boat.mkdir()
+    for name, content in {"data": "1 2 0.5\n" * 20, "index_features": "0\n1\n", "index_target": "2\n"}.items():
+        (boat / f"{name}.txt").write_text(content)
+    assert len(made("folder", LINEAR, data_dir=str(boat)).train) == 12, (
+        "a benchmark keeps its repetitions and its shares"
+    )
+    for key in ("target", "id", "clean", "query_file"):
+        said = refused(lambda key=key: made("folder", LINEAR, data_dir=str(boat), **{key: "2"}))
+        assert f"task.{key}=2 is not possible; a UCI folder names its columns itself" in said
     assert "task.kind=ordinal" in refused(lambda: made(kind="ordinal"))
     assert "task.data=iris is unknown; allowed: breast_cancer, wine, diabetes, folder" in refused(lambda: made("iris"))
     assert "add task.data=folder" in refused(lambda: made(data_dir=path))

@@ -159,7 +159,7 @@ def test_named_seeds_are_distinct_positive_and_the_same_everywhere() -> None:
         ("optimizer", "adam"),
         ("decay", "none"),
         ("schedule", "step"),
-        ("epochs", 0),
+        ("epochs", -1),
         ("batch_size", 0),
         ("lr", 0.0),
         ("lr", -1.0),

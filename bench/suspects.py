@@ -1,0 +1,93 @@
+"""What a user reads first: which training rows are suspicious and why, and which rows a query's answer rests on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bench.statistics import Array
+from tasks.base import Examples, Task, Trajectory
+from tasks.training.train import load
+
+SHOWN = 5  # proponents, and opponents, of a query
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the explained model says of some rows, as text, and how probable it finds their own labels (N,)."""
+
+    predicted: tuple[str, ...]
+    probability: Array | None = None  # of regressions: none
+    error: Array | None = None  # |prediction − target| of regressions
+
+
+def said(task: Task, trajectory: Trajectory, examples: Examples) -> Said:
+    model = load(task.initial(trajectory.seed), trajectory.final)
+    with torch.no_grad():
+        index = examples.batches(256)
+        outputs = torch.cat([task.outputs(model, examples.batch(i)) for i in index])[torch.argsort(torch.cat(index))]
+    if examples.targets.is_floating_point():
+        numbers = outputs.reshape(len(examples)).double()
+        error = (numbers - examples.targets.double()).abs().numpy()
+        return Said(tuple(f"{x:.4g}" for x in numbers.tolist()), error=error)
+    own = outputs.double().softmax(-1).gather(1, examples.targets[:, None])[:, 0]
+    return Said(tuple(named(task, outputs.argmax(-1))), probability=own.numpy())
+
+
+def named(task: Task, targets: torch.Tensor) -> list[str]:
+    """Targets as the user wrote them: names of classes where the task has them."""
+    if targets.is_floating_point():
+        return [f"{y:.4g}" for y in targets.tolist()]
+    return [task.classes[y] if task.classes else str(y) for y in targets.tolist()]
+
+
+def suspects(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.DataFrame:
+    """All training rows, with their lines in the user's file, most suspicious first: lowest `helps` (N,), a value or a
+    mean attribution to `val`, of the method that `by` names."""
+    train, n = task.train, len(task.train)
+    found, labels = said(task, trajectory, train), named(task, task.train.targets)
+    order = np.argsort(helps, kind="stable")
+    why = []
+    for rank, i in enumerate(order, start=1):
+        if found.probability is not None:
+            verb = "agrees" if found.predicted[i] == labels[i] else f"says {found.predicted[i]}"
+            model = f"the model {verb} (its own label: p = {found.probability[i]:.2g})"
+        else:
+            assert found.error is not None
+            model = f"the model says {found.predicted[i]} (off by {found.error[i]:.2g})"
+        why.append(f"{rank} of {n} by {by}; {model}")
+    columns = {
+        "id": [train.ids[i] for i in order],
+        **({"row": [task.places[train.ids[i]] for i in order]} if task.places else {}),
+        "score": helps[order],
+        "label": [labels[i] for i in order],
+        "predicted": [found.predicted[i] for i in order],
+        "why": why,
+    }
+    return pd.DataFrame({**columns, **_texts(train, order, "text")})
+
+
+def influence(task: Task, trajectory: Trajectory, queries: Examples, scores: Array) -> pd.DataFrame:
+    """For each query of `scores` (Q, N) the training rows that helped most and those that harmed most, a line each."""
+    train = task.train
+    asked, predicted = named(task, queries.targets), said(task, trajectory, queries).predicted
+    labels, lines = named(task, train.targets), []
+    for q, row in enumerate(scores):
+        order = np.argsort(-row, kind="stable")
+        few = min(SHOWN, len(order))
+        for kind, chosen in {"proponent": order[:few], "opponent": order[::-1][:few]}.items():
+            for rank, i in enumerate(chosen, start=1):
+                line: dict[str, object] = {"query": queries.ids[q], "label": asked[q], "predicted": predicted[q]}
+                line.update(kind=kind, rank=rank, train=train.ids[i], score=row[i], train_label=labels[i])
+                lines.append({**line, **_text(queries, q, "query_text"), **_text(train, i, "train_text")})
+    return pd.DataFrame(lines)
+
+
+def _texts(examples: Examples, rows: Sequence[int] | np.ndarray, name: str) -> Mapping[str, list[str]]:
+    return {} if examples.texts is None else {name: [examples.texts[i] for i in rows]}
+
+
+def _text(examples: Examples, row: int, name: str) -> dict[str, str]:
+    return {} if examples.texts is None else {name: examples.texts[row]}
