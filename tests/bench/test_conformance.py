@@ -30,6 +30,10 @@ FEWER = {  # steps, chains, members: more of them is tested beside the methods
     "oporp_datainf": ["method.compression.dimension=512"],
     "loss_covariance": ["method.k=4"],
     "bif": ["method.draws=60", "method.burn_in=20", "method.thin=1"],
+    **dict.fromkeys(("banzhaf", "datamodel"), ["method.subsets=60"]),
+    "shapley": ["method.permutations=3", "method.prefixes=10"],
+    "beta_shapley": ["method.permutations=8"],
+    "prefilter": ["method@method.base=graddot"],
     **{name: ["method@method.base=graddot"] for name in ("dda", "debias", "denoise", "ensemble")},
 }
 ASKS = ("custom", "from_file")  # for what no preset can know
