@@ -259,10 +259,10 @@ def written(task: Task, trajectory: Trajectory, by: str, scores: dict[str, np.nd
     """suspects.csv and influence.csv, as far as these scores tell."""
     found = {}
     if "value" in scores:
-        found["suspects.csv"] = suspects.suspects(task, trajectory, scores["value"], by)
+        found["suspects.csv"] = suspects.ranked(task, trajectory, scores["value"], by)
     elif "attribution/val" in scores:
         helps = scores["attribution/val"].mean(0)
-        found["suspects.csv"] = suspects.suspects(task, trajectory, helps, f"{by}, mean over val")
+        found["suspects.csv"] = suspects.ranked(task, trajectory, helps, f"{by}, mean over val")
     if "attribution/query" in scores:
         queries = task.splits["query"]
         found["influence.csv"] = suspects.influence(task, trajectory, queries, scores["attribution/query"])
@@ -334,6 +334,13 @@ def build_method(config: DictConfig) -> Method:
                 "method._target_", config.method._target_, f"has no {name}()", hint="derive it from methods.base.Method"
             )
     return method
+
+
+def preset(name: str, *settings: str) -> Method:
+    """A method by its name and settings, as on the command line: `preset("ekfac", "method.damping.value=0.1")`."""
+    composed = configuration.compose([f"method={name}", *settings])
+    configuration.check(composed)
+    return build_method(composed)
 
 
 def label_of(config: DictConfig, method: Method) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from bench.statistics import Array
+from methods.base import Method, Problem
 from tasks.base import Examples, Task, Trajectory
 from tasks.training.train import load
 
@@ -43,7 +44,7 @@ def named(task: Task, targets: torch.Tensor) -> list[str]:
     return [task.classes[y] if task.classes else str(y) for y in targets.tolist()]
 
 
-def suspects(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.DataFrame:
+def ranked(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.DataFrame:
     """All training rows, with their lines in the user's file, most suspicious first: lowest `helps` (N,), a value or a
     mean attribution to `val`, of the method that `by` names."""
     train, n = task.train, len(task.train)
@@ -67,6 +68,15 @@ def suspects(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.Da
         "why": why,
     }
     return pd.DataFrame({**columns, **_texts(train, order, "text")})
+
+
+def suspects(problem: Problem, method: Method) -> pd.DataFrame:
+    """All training rows, most suspicious first by the method's value or, without one, its mean attribution to val."""
+    name, val = type(method).__name__, problem.task.splits["val"]
+    if method.offers("value") or not len(val):
+        return ranked(problem.task, problem.trajectory(), method.value(problem).numpy(), name)
+    helps = method.attribute(problem, val).mean(0).numpy()
+    return ranked(problem.task, problem.trajectory(), helps, f"{name}, mean over val")
 
 
 def influence(task: Task, trajectory: Trajectory, queries: Examples, scores: Array) -> pd.DataFrame:

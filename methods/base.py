@@ -239,6 +239,8 @@ class Method:
             return f"needs class labels, which task={task.name} does not have"
         if "retraining" in self.needs and task.recipe.epochs == 0:
             return "needs retrainings, and model.recipe.epochs=0 trains nothing"
+        if "checkpoints" in self.needs and task.recipe.epochs == 0:
+            return "needs checkpoints, and model.recipe.epochs=0 trains nothing"
         if "checkpoints" in self.needs and task.recipe.optimizer == "lbfgs":
             return f"needs checkpoints, which model={task.model} (solved to its optimum) does not keep"
         return None
