@@ -193,15 +193,44 @@ def nearest(queries: Tensor, train: Tensor, ids: Sequence[str], own: Tensor | No
 
     As near, up to rounding, are rows in the order of their `ids`: the order in which they stand means nothing.
     """
+    by_id, distances = _steps(queries, train, ids, own)
+    for steps in distances:
+        yield by_id[steps.argsort(dim=1, stable=True)]
+
+
+def neighbours(queries: Tensor, train: Tensor, ids: Sequence[str], k: int, own: Tensor | None = None) -> Tensor:
+    """The first k of `nearest`, in any order, (Q, k): without sorting all N, and without holding them."""
+    by_id, distances = _steps(queries, train, ids, own)
+    found = []
+    for steps in distances:
+        values, first = steps.topk(min(k + 1, steps.shape[1]), largest=False)
+        chosen = first[:, :k].clone()
+        edge = values[:, k - 1 : k]
+        for row in (values[:, -1:] == edge)[:, 0].nonzero()[:, 0].tolist() if values.shape[1] > k else ():
+            sure = (steps[row] < edge[row]).nonzero()[:, 0]
+            tied = (steps[row] == edge[row]).nonzero()[:, 0]  # by their ids
+            chosen[row] = torch.cat([sure, tied[: k - len(sure)]])
+        found.append(by_id[chosen])
+    return torch.cat(found)
+
+
+def _steps(queries: Tensor, train: Tensor, ids: Sequence[str], own: Tensor | None) -> tuple[Tensor, Iterator[Tensor]]:
+    """The rows in the order of their ids, (N,), and the squared distances to them in steps of `GRID`, (B, N) for some
+    queries after the other."""
     by_id = torch.tensor(sorted(range(len(ids)), key=lambda i: ids[i]), dtype=torch.long)
     place = by_id.argsort()
     centre = train.mean(0)
     keys = train[by_id] - centre
-    for start in range(0, len(queries), CHUNK):
-        asked = queries[start : start + CHUNK] - centre
-        distances = asked.square().sum(1)[:, None] - 2 * asked @ keys.T + keys.square().sum(1)[None]
-        step = GRID * distances.mean(1, keepdim=True)
-        steps = (distances / step.clamp_min(torch.finfo(torch.float64).tiny)).round()
-        if own is not None:
-            steps[torch.arange(len(asked)), place[own[start : start + CHUNK]]] = torch.inf
-        yield by_id[steps.argsort(dim=1, stable=True)]
+    lengths = keys.square().sum(1)
+
+    def distances() -> Iterator[Tensor]:
+        for start in range(0, len(queries), CHUNK):
+            asked = queries[start : start + CHUNK] - centre
+            found = torch.addmm(lengths[None], asked, keys.T, alpha=-2).add_(asked.square().sum(1)[:, None])
+            step = GRID * found.mean(1, keepdim=True)
+            steps = found.div_(step.clamp_min(torch.finfo(torch.float64).tiny)).round_()
+            if own is not None:
+                steps[torch.arange(len(asked)), place[own[start : start + CHUNK]]] = torch.inf
+            yield steps
+
+    return by_id, distances()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Problem
-from methods.representation import Representation, nearest
+from methods.representation import Representation, neighbours
 from tasks.base import Task
 from tasks.errors import require
 
@@ -33,6 +33,5 @@ class KNNDisagreement(Representation):
 
     def value(self, problem: Problem) -> Tensor:
         h, labels = self.of_train(problem), problem.train.targets
-        orders = nearest(h, h, problem.train.ids, own=torch.arange(len(h)))
-        neighbours = torch.cat([order[:, : self.k] for order in orders])
-        return -(labels[neighbours] != labels[:, None]).double().mean(1)
+        near = neighbours(h, h, problem.train.ids, self.k, own=torch.arange(len(h)))
+        return -(labels[near] != labels[:, None]).double().mean(1)

@@ -19,7 +19,7 @@ from methods.base import Problem, Unsupported
 from methods.bm25 import BM25
 from methods.curvature.damping import Damping
 from methods.knn_shapley import KNNShapley, shapley
-from methods.representation import INPUT, features, nearest, pooled
+from methods.representation import INPUT, features, nearest, neighbours, pooled
 from methods.representer import Representer, with_one
 from methods.repsim import Embedding, RepSim
 from tasks.base import Examples, Task
@@ -325,6 +325,16 @@ def test_neighbours_are_scikit_learns() -> None:
     train, queries = (random_vectors("x", n, 5, 2, n).inputs["x"] + 100 for n in (40, 300))  # 300: more than a chunk
     found = torch.cat(list(nearest(queries, train, [f"{i:02}" for i in range(40)])))
     assert torch.equal(found, torch.as_tensor(NearestNeighbors(n_neighbors=40).fit(train).kneighbors(queries)[1]))
+
+
+@pytest.mark.parametrize("k", [1, 5, 39, 40])
+def test_neighbours_are_the_first_of_all_by_distance_and_id(k: int) -> None:
+    """On a grid, where most rows tie with others at the edge."""
+    train = torch.arange(40, dtype=torch.float64)[:, None].remainder(4)
+    ids = [str(i) for i in torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()]
+    wanted = torch.cat([order[:, :k] for order in nearest(train, train, ids, own=torch.arange(40))])
+    found = neighbours(train, train, ids, k, own=torch.arange(40))
+    assert found.shape == (40, k) and torch.equal(found.sort(1).values, wanted.sort(1).values)
 
 
 def by_enumeration(right: Tensor, k: int) -> Tensor:
