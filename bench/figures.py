@@ -1,4 +1,4 @@
-"""Quality against price: one small figure a table, drawn from the same numbers.
+"""Quality against price: one small figure a table, drawn from the same numbers; and curves of errors found.
 
 Each method is a point with its label beside it: attribution seconds (log) across, the table's main metric with its
 interval upwards, the noise ceiling as a dashed line. A grey line joins the Pareto front, the methods that are better
@@ -27,6 +27,7 @@ from bench import records
 from bench.aggregate import Table, main_column, number
 
 LONGEST = 36  # letters of a label
+CURVES = 8  # of a panel
 SHORTEST = 1e-3  # seconds: what took less is drawn here
 STYLE: Any = {
     "font.size": 9,
@@ -59,18 +60,70 @@ def quality_against_seconds(table: Table, path: str | Path) -> list[Path]:
     points = _points(table, column) if column is not None else []
     if column is None or not points:
         return []
-    stem = Path(path)
-    stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
-    written = []
     with matplotlib.rc_context(STYLE):
         head = table.columns[column]
-        figure = _draw(points, head.label, head.ceiling, table.caption)
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            file = io.BytesIO()
-            figure.savefig(file, format=suffix[1:], dpi=150, metadata=metadata)
-            written.append(stem.with_name(stem.name + suffix))
-            with records.writable(stem.parent):
-                records.write_bytes(written[-1], file.getvalue())
+        return _written(_draw(points, head.label, head.ceiling, table.caption), Path(path))
+
+
+def detection_curves(table: Table, path: str | Path) -> list[Path]:
+    """Share of the planted errors found against the share of rows looked at, a panel for each of the two rankings: the
+    methods that find most, and what chance and an oracle find. As the other figure; none where nothing was detected."""
+    panels = {
+        ranking: curves for ranking in ("value", "attribution") if (curves := _found_shares(table, f"{ranking}_found"))
+    }
+    if not panels:
+        return []
+    rates = [row.cells[k] for k, head in enumerate(table.columns) if head.metric == "base_rate" for row in table.rows]
+    base = next((cell.value for cell in rates if cell is not None and cell.value is not None), None)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(panels), 3.8), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        for k, (ranking, curves) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), k + 1)
+            widest = max(max(curve) for curve in curves.values())
+            axes.plot([0, widest], [0, widest], color="0.6", linestyle=":", linewidth=1, label="chance")
+            if base is not None:
+                axes.plot([0, base, max(base, widest)], [0, 1, 1], color="0.6", linestyle="--", lw=1, label="oracle")
+            first = sorted(curves, key=lambda label: (-float(np.mean(list(curves[label].values()))), label))[:CURVES]
+            for place, label in enumerate(first):
+                points = sorted({0.0: 0.0, **curves[label]}.items())
+                name = textwrap.shorten(label, LONGEST, placeholder=" …")
+                axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=f"C{place}", label=name)
+            axes.set_xlabel("share of rows looked at")
+            axes.set_ylabel("share of errors found")
+            axes.set_ylim(0, 1.03)
+            axes.set_title(f"by {ranking}")
+            axes.legend(frameon=False, fontsize=7, loc="lower right")
+        figure.suptitle(_wrapped(table.caption, 70 * len(panels)), color="0.3", fontsize=7.5)
+        return _written(figure, Path(path))
+
+
+def _found_shares(table: Table, prefix: str) -> dict[str, dict[float, float]]:
+    """Of each row that has them: share looked at -> share found, by the columns `<prefix><percent>`."""
+    heads = {
+        k: int(head.metric.removeprefix(prefix)) / 100
+        for k, head in enumerate(table.columns)
+        if head.metric.startswith(prefix) and head.metric.removeprefix(prefix).isdigit()
+    }
+    found: dict[str, dict[float, float]] = {}
+    for row in table.rows:
+        for k, share in heads.items():
+            cell = row.cells[k]
+            if cell is not None and cell.value is not None:
+                found.setdefault(row.label, {})[share] = cell.value
+    return found
+
+
+def _written(figure: Figure, path: Path) -> list[Path]:
+    """As PNG and SVG; a suffix .png or .svg of `path` is ignored."""
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    written = []
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix[1:], dpi=150, metadata=metadata)
+        written.append(stem.with_name(stem.name + suffix))
+        with records.writable(stem.parent):
+            records.write_bytes(written[-1], file.getvalue())
     return written
 
 

@@ -54,6 +54,7 @@ def write_tables(to: Path) -> list[Path]:
     for table in aggregate.tables(tables.load(to)):
         written += tables.write(table, to / "tables")
         written += figures.quality_against_seconds(table, to / "tables" / f"{table.name}.png")
+        written += figures.detection_curves(table, to / "tables" / f"{table.name}-detection.png")
     return written
 
 

@@ -530,13 +530,14 @@ def report(out: Path, outcomes: Sequence[Outcome]) -> str:
     for table in aggregate.tables(tables.load(out, wanted)):
         files = tables.write(table, out / "tables")
         drawn = figures.quality_against_seconds(table, out / "tables" / f"{table.name}.png")
+        drawn += figures.detection_curves(table, out / "tables" / f"{table.name}-detection.png")
         if (
             table.task,
             table.fingerprint,
             table.model.split(" ")[0],
         ) in keys:  # others of the model's settings may follow
             lines += ["", formats.to_console(table), "", f"table:  {files[0].with_suffix('')}.{{csv,md,tex}}"]
-            lines += [f"figure: {path}" for path in drawn[:1]]
+            lines += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
     for outcome in outcomes:
         if outcome.folder is not None:
             again = " (found: rerun=true does it again)" if outcome.found else ""

@@ -22,7 +22,11 @@ SAYS = (
     "optima",
     " skipped",
 )  # what a program says that did something
-FILES = {"methods/agreement.py": "python", "conf/method/agreement.yaml": "yaml"}
+FILES = {  # language of the block, and a word of it
+    "methods/agreement.py": ("python", "Agreement"),
+    "conf/method/agreement.yaml": ("yaml", "Agreement"),
+    "my_nets.py": ("python", "# my_nets.py"),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -46,8 +50,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, place / name)
     (place / ".venv").symlink_to(Path(sys.prefix))
-    for name, language in FILES.items():
-        (block,) = [b for b in blocks(language) if "Agreement" in b]
+    for name, (language, word) in FILES.items():
+        (block,) = [b for b in blocks(language) if word in b]
         (place / name).write_text(block, encoding="utf-8")
     return place
 
@@ -98,6 +102,16 @@ def test_the_python_example_runs(copy: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "'ceiling'" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_from_python(copy: Path) -> None:
+    (block,) = [b for b in blocks("python") if "methods.own" in b]
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=copy, env=environment(copy), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "torch.Size([10, 1000])" in done.stdout and "SelfInfluence" in done.stdout
 
 
 def test_no_two_lines_promise_different_versions() -> None:

@@ -161,3 +161,26 @@ def test_no_window_system_is_touched(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout == "False False\n"
+
+
+def test_detection_curves_go_through_the_shares_of_the_table(tmp_path: Path) -> None:
+    columns = tuple(
+        Column(metric, {}, metric, better, None)
+        for metric, better in (("value_found10", "higher"), ("value_found30", "higher"), ("base_rate", None))
+    )
+    costs = {"seconds": 1.0, "trainings": 1, "peak_memory_bytes": 0}
+    rows = [("loss", (0.9, 1.0)), ("random", (0.1, 0.3)), ("tfidf", (None, None))]
+    made = tuple(
+        Row(label, label, {}, (0,), (*(None if s is None else Cell(s) for s in shares), Cell(0.1)), costs)
+        for label, shares in rows
+    )
+    detected = Table("name", "digits", "digits", "bundled", "f", 9, "mlp", columns, made, (), ())
+    assert figures._found_shares(detected, "value_found") == {
+        "loss": {0.1: 0.9, 0.3: 1.0}, "random": {0.1: 0.1, 0.3: 0.3},
+    }  # fmt: skip
+    written = figures.detection_curves(detected, tmp_path / "a.png")
+    assert [path.name for path in written] == ["a.png", "a.svg"]
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(word in drawn for word in ("loss", "random", "chance", "oracle", "by value"))
+    assert "by attribution" not in drawn and "tfidf" not in drawn
+    assert figures.detection_curves(table(*ROWS), tmp_path / "b.png") == [] and not (tmp_path / "b.png").exists()
