@@ -31,7 +31,7 @@ def kept(n: int, without: list[list[int]], seed: int, name: str) -> Plan:
 def predictions(case: Case, name: str, plan: Plan, examples: Examples, task: Task) -> np.ndarray:
     """Predicted classes (M, n) of these examples after each training of the plan."""
     classes = classes_of(task)
-    asked = replace(task, splits={**task.splits, "query": per_class(examples, classes)})
+    asked = replace(task, splits={**task.splits, "query": per_class(examples, torch.arange(classes))})
     return margins(case.retrain(name, plan, asked)["query"], classes).argmax(-1)
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Problem, Unsupported
-from tasks.base import Examples, Task, named_seed
+from tasks.base import Task, named_seed
 from tasks.errors import require
 from tasks.training.plan import Plan
+from tasks.training.predictions import per_class
 
 SLACK = 1e-6  # a mean of equal probabilities is one of them only up to rounding
 
@@ -55,7 +56,7 @@ class ConfidentLearning(Method):
         fold = folds_of(rows.ids, rows.targets.tolist(), self.folds, *name)
         kept = (fold[None] != torch.arange(self.folds)[:, None]).double()
         plan = Plan(kept, tuple(named_seed(*name, k) for k in range(self.folds)), own_batches=True)
-        margins = problem.retrained(plan, each_class(rows, classes)).view(self.folds, len(rows), len(classes))
+        margins = problem.retrained(plan, per_class(rows, classes)).view(self.folds, len(rows), len(classes))
         own = margins[fold, torch.arange(len(rows))]
         if not own.isfinite().all():
             raise Unsupported("a training on all folds but one diverged")
@@ -69,17 +70,6 @@ def folds_of(ids: Sequence[str], labels: Sequence[int], folds: int, *name: objec
     fold = torch.empty(len(ids), dtype=torch.long)
     fold[torch.tensor(order)] = torch.arange(len(ids)) % folds
     return fold
-
-
-def each_class(rows: Examples, classes: Tensor) -> Examples:
-    """Each row once for each class, with that class as its target: n · C rows, ids `<id>/<class>`."""
-    times = len(classes)
-    return Examples(
-        tuple(f"{i}/{c}" for i in rows.ids for c in classes.tolist()),
-        {name: tensor.repeat_interleave(times, 0) for name, tensor in rows.inputs.items()},
-        classes.repeat(len(rows)),
-        None if rows.texts is None else tuple(text for text in rows.texts for _ in range(times)),
-    )
 
 
 def mislabelled(p: Tensor, labels: Tensor) -> Tensor:

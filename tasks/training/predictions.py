@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tasks.base import Examples, Task
 
@@ -12,13 +13,14 @@ def classes_of(task: Task) -> int:
         return task.outputs(task.initial(0), task.train.batch([0])).shape[-1]
 
 
-def per_class(examples: Examples, classes: int) -> Examples:
-    """Each row C times in a row, once with every class as its target; ids `<id>/<class>`."""
+def per_class(examples: Examples, classes: Tensor) -> Examples:
+    """Each row once with each of the classes (C,) as its target, n · C rows; ids `<id>/<class>`."""
+    times = len(classes)
     return Examples(
-        tuple(f"{i}/{c}" for i in examples.ids for c in range(classes)),
-        {name: values.repeat_interleave(classes, 0) for name, values in examples.inputs.items()},
-        torch.arange(classes, dtype=torch.long).repeat(len(examples)),
-        None if examples.texts is None else tuple(text for text in examples.texts for _ in range(classes)),
+        tuple(f"{i}/{c}" for i in examples.ids for c in classes.tolist()),
+        {name: values.repeat_interleave(times, 0) for name, values in examples.inputs.items()},
+        classes.repeat(len(examples)),
+        None if examples.texts is None else tuple(text for text in examples.texts for _ in range(times)),
     )
 
 

@@ -20,7 +20,7 @@ from methods.baselines import Loss
 from methods.curvature.damping import Damping
 from methods.quality.aum import AreaUnderMargin
 from methods.quality.confidence import Confidence, Entropy, Margin
-from methods.quality.confident_learning import ConfidentLearning, each_class, folds_of, mislabelled, quality
+from methods.quality.confident_learning import ConfidentLearning, folds_of, mislabelled, quality
 from methods.quality.forgetting import Forgetting, forgotten
 from methods.quality.knn_disagreement import KNNDisagreement
 from methods.quality.mahalanobis import Mahalanobis
@@ -28,6 +28,7 @@ from tasks.base import Checkpoint, Examples, Task, Trajectory
 from tasks.errors import UserError
 from tasks.objectives.classification import Classification
 from tasks.training.plan import Plan
+from tasks.training.predictions import per_class
 from tasks.training.train import load, train
 
 DAMPING = Damping("mean_eigenvalue", 0.1, "block")
@@ -271,7 +272,7 @@ def test_each_row_is_asked_about_by_the_model_that_did_not_see_it() -> None:
 
 def test_copies_for_each_class() -> None:
     rows = replace(bert().train.select([0, 3]), texts=("a", "b"))
-    found = each_class(rows, torch.tensor([1, 4]))
+    found = per_class(rows, torch.tensor([1, 4]))
     assert found.ids == ("train0/1", "train0/4", "train3/1", "train3/4") and found.texts == ("a", "a", "b", "b")
     assert found.targets.tolist() == [1, 4, 1, 4]
     assert torch.equal(found.inputs["input_ids"], rows.inputs["input_ids"][[0, 0, 1, 1]])
