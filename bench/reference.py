@@ -40,7 +40,7 @@ def ship(out: Path, to: Path, tasks: Sequence[str]) -> list[Path]:
         rows = Store(folder).read()
         target = to / "truth" / folder.name
         keys = sorted(rows)
-        names = sorted(rows[keys[0]])
+        names = ("val", "query")  # what a training took here is nobody's price elsewhere
         shutil.rmtree(target, ignore_errors=True)
         Store(target).add(keys, {name: np.stack([rows[key][name] for key in keys]) for name in names})
         shutil.copyfile(folder / "task.json", target / "task.json")

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig
 
+import bench.run
 from bench import aggregate, records, tables
 from bench import config as configuration
 from bench.run import build_task, report, run
+from tasks.base import Task
 from tasks.errors import UserError
 
 SMALL = ["task.n_train=120", "task.n_val=20", "task.n_query=12", "truth.lds.subsets=6", "truth.loo.sample=10"]
@@ -407,3 +410,34 @@ def test_scores_without_a_finite_number_are_a_failure(tmp_path: Path, monkeypatc
 def test_more_generated_rows_than_there_are_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task.n_train=60000 .* at most 48700 \(generated data\)"):
         run(compose(tmp_path, "task=sst2", "task.data=generated", "task.n_train=60000"))
+
+
+def test_a_sweep_reads_its_data_once_and_a_changed_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = bench.run.build_task
+
+    def counted(config: DictConfig) -> Task:
+        read.append(str(config.task.data_dir))
+        return real(config)
+
+    monkeypatch.setattr(bench.run, "build_task", counted)
+    monkeypatch.setattr(bench.run, "BUILT", bench.run.Built())
+    file = tmp_path / "mine.csv"
+    lines = [f"{i % 7},{i % 5},{'ab'[i % 2]}" for i in range(35)]
+    file.write_text("\n".join(["x,y,label", *lines]) + "\n")
+    own = ["task=tabular", "task.data=folder", f"task.data_dir={file}", "task.target=label", "model=logreg"]
+
+    def row(method: str, *more: str) -> pd.DataFrame:
+        outcome = run(compose(tmp_path / "out", *own, f"method={method}", "evaluation=[]", *more))
+        return pd.read_csv(Path(str(outcome.folder)) / "suspects.csv", dtype=str)
+
+    first = row("loss")
+    assert list(first.columns) == ["id", "row", "score", "label", "predicted", "why"]
+    assert all(int(line) == int(i) + 2 for i, line in zip(first["id"], first["row"], strict=True))
+    assert all(lines[int(i)].endswith(label) for i, label in zip(first["id"], first["label"], strict=True))
+    row("margin")
+    assert len(read) == 1
+    row("margin", "task.seed=1")
+    assert len(read) == 2
+    file.write_text("\n".join(["x,y,label", *lines, "9,9,a"]) + "\n")
+    assert len(row("loss")) == len(first) + 1 and len(read) == 3

@@ -7,7 +7,7 @@ from cases import close, problem_of, three_classes
 from torch import nn
 
 from bench.run import preset
-from bench.suspects import suspects
+from bench.suspects import influence, suspects
 from methods.base import Unsupported
 from methods.own import examples, problem
 from tasks.training.train import load
@@ -109,3 +109,17 @@ def test_what_needs_a_training_is_told(name: str) -> None:
     model, x, y = fitted()
     asked = problem(model, examples(model, x, y))
     assert "epochs=0" in str(preset(name).unmet(asked.task))
+
+
+def test_influence_lists_the_best_helpers_and_the_worst_opponents() -> None:
+    model, x, y = fitted()
+    rows = examples(model, x, y, texts=[f"text {i}" for i in range(60)])
+    asked = problem(model, rows)
+    scores = np.stack([np.arange(60.0), -np.arange(60.0)])
+    table = influence(asked.task, asked.trajectory(), rows.select([5, 6]), scores)
+    first = table[table["query"] == "5"]
+    assert list(first["train"]) == ["59", "58", "57", "56", "55", "0", "1", "2", "3", "4"]
+    assert list(first["kind"]) == ["proponent"] * 5 + ["opponent"] * 5 and list(first["rank"]) == [1, 2, 3, 4, 5] * 2
+    assert list(table[table["query"] == "6"]["train"][:2]) == ["0", "1"]
+    assert set(first["query_text"]) == {"text 5"} and list(first["train_text"][:1]) == ["text 59"]
+    assert list(first["train_label"]) == [str(y[int(i)]) for i in first["train"]]
