@@ -41,6 +41,8 @@ EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for
 PATHS = (("task", "data_dir"), ("task", "query_file"), ("model", "path"), ("method", "path"), ("method", "store"))
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, AssertionError)  # what Hydra raises for a wrong config
 
+OmegaConf.register_new_resolver("unless_own", lambda data, value: [] if data == "folder" else value, replace=True)
+
 Config = dict[str, Any]
 Parts = Mapping[str, tuple[str, list[str]]]  # keys that are choices of their own: the group, its options
 Bases = dict[tuple[str, ...], tuple[Config, dict[str, Any], Parts]]  # of the chosen YAMLs alone: config, choices, parts

@@ -24,20 +24,25 @@ def planned_work(
     """A few lines, `asked` trainings being the method's own. Seconds come from one timed step on this machine; rows
     that the store holds are not counted."""
     parameters = sum(p.numel() for p in task.initial(0).parameters())
+    step = _seconds_of_a_step(task)
+    steps = steps_of(task.recipe, len(task.train))
+    kept = 1 + task.recipe.checkpoints * (3 if task.recipe.optimizer == "adamw" else 1)  # Adam's moments
+    size = parameters * task.dtype.itemsize * kept / 2**20
     lines = [
         f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} ({parameters:,} parameters)",
-        f"explained model: 1 training, {steps_of(task.recipe, len(task.train))} steps",
+        f"explained model: 1 training, {steps} steps, about {steps * step:.0f} s, {size:.1f} MiB",
     ]
-    step = _seconds_of_a_step(task)
     if asked:
-        seconds = asked * steps_of(task.recipe, len(task.train)) * step / executor.processes()
+        seconds = asked * steps * step / executor.processes()
         lines.append(f"method: {asked} retrainings of its own, at most about {seconds:.0f} s")
     done = store_of(task.public(), cache / "truth", shipped).read()
     for name, evaluation in evaluations.items():
         plan = evaluation.plan(task, seed)
         later = getattr(evaluation, "later", None)
         if plan is None:
-            lines.append(f"{name}: {later()} retrainings for each method" if later else f"{name}: no retraining")
+            seconds = later() * steps * step / executor.processes() if later else 0
+            later_said = f"{later()} retrainings for each method, at most about {seconds:.0f} s" if later else ""
+            lines.append(f"{name}: {later_said or 'no retraining'}")
             continue
         keys = plan.keys()
         missing = [k for k, key in enumerate(keys) if key not in done]

@@ -100,7 +100,7 @@ def run(config: DictConfig) -> Outcome:
         "config": configuration.run_key(config),
         "code": source_of(method),
         **({"inputs": method.inputs()} if method.inputs() else {}),
-        **({"classes": task.classes, "known": known_errors(task)} if config.task.get("clean") else {}),
+        **({"own": own_facts(task)} if task.places else {}),
         "data": task.fingerprint(),
         "task": task.key(),
         "versions": [VERSION, TRAINING_VERSION],
@@ -108,6 +108,7 @@ def run(config: DictConfig) -> Outcome:
     run_id = records.run_id(identity)
     if config.plan:
         asked = method.retrainings(task)
+        print("".join(f"{note}\n" for note in task.notes), end="")
         print(planned_work(task, evaluations, config.seed, out / "cache", executor, shipped_truth(), asked))
         return Outcome("ok", None, "planned only", task.name, False)
     known = records.find(out, task.name, name, run_id)
@@ -256,7 +257,7 @@ def _judge(
             of_query = values.cpu().double().numpy()
             mean = Metric(float(of_query.mean()), bootstrap_queries(of_query, 0), len(of_query), {}, better=None)
             record["metrics"][name], kept.replicates[name] = mean.entry(), mean.replicates
-    if not evaluations or task.annotations is None or not task.annotations.flipped:
+    if not evaluations or task.places or task.annotations is None or not task.annotations.flipped:
         kept.texts.update(written(task, trajectory, record["method_label"], kept.scores))
     record["truths"] = case.notes
     if not kept.scores and record["status"] == "ok":
@@ -278,10 +279,12 @@ def _judge(
     }
 
 
-def known_errors(task: Task) -> str:
-    """Fingerprint of what a user's file says of its wrong labels, which no training sees."""
+def own_facts(task: Task) -> str:
+    """Fingerprint of what a user's file says that no training sees, and suspects.csv or a judge does: where its rows
+    stand, its wrong labels."""
     facts = task.annotations
-    return digest(None if facts is None else [sorted(facts.flipped), sorted(facts.clean.items())])
+    known = None if facts is None else [sorted(facts.flipped), sorted(facts.clean.items())]
+    return digest([sorted(task.places.items()), task.notes, task.classes, known])
 
 
 def written(task: Task, trajectory: Trajectory, by: str, scores: dict[str, np.ndarray]) -> dict[str, str]:

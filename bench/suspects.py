@@ -90,7 +90,10 @@ def influence(task: Task, trajectory: Trajectory, queries: Examples, scores: Arr
         for kind, chosen in {"proponent": order[:few], "opponent": order[::-1][:few]}.items():
             for rank, i in enumerate(chosen, start=1):
                 line: dict[str, object] = {"query": queries.ids[q], "label": asked[q], "predicted": predicted[q]}
-                line.update(kind=kind, rank=rank, train=train.ids[i], score=row[i], train_label=labels[i])
+                line.update(kind=kind, rank=rank, train=train.ids[i])
+                if task.places:
+                    line.update(train_row=task.places[train.ids[i]])
+                line.update(score=row[i], train_label=labels[i])
                 lines.append({**line, **_text(queries, q, "query_text"), **_text(train, i, "train_text")})
     return pd.DataFrame(lines)
 

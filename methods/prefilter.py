@@ -23,7 +23,7 @@ class Prefilter(Wrapper):
 
     filter: Method
     top: int
-    recall: int | None = None
+    recall: int | None = 10
 
     def __post_init__(self) -> None:
         require(self.top >= 1, "method.top", self.top, "1 or more")

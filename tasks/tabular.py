@@ -9,7 +9,7 @@ import torch
 
 from tasks.base import Examples, Task, named_seed
 from tasks.data.corruption import Corruption
-from tasks.data.own import QUERY_FILE, Split, labelled, split
+from tasks.data.own import QUERY_FILE, Split, guessing, labelled, split
 from tasks.data.vectors import BUNDLED, KINDS, Table, find_table, label_of, read_bundled, read_file, read_uci
 from tasks.errors import UserError, require
 from tasks.models.mlp import vector_model
@@ -19,6 +19,7 @@ from tasks.objectives.regression import Regression
 VERSION = 1
 SHARES = {"n_train": 0.6, "n_val": 0.1, "n_query": 0.15}  # of a benchmark's rows, where the size is null; rest is test
 CLASSES = 20  # distinct whole numbers up to which `auto` takes them for class labels
+FLOOR = {"accuracy": 0.8, "r2": 0.2}
 FITTING = {"classification": ("logreg", "mlp_tabular"), "regression": ("linear", "mlp_tabular")}
 
 
@@ -33,7 +34,7 @@ def tabular(
     n_query: int | None,
     seed: int,
     corruption: Corruption,
-    floor: Mapping[str, float],
+    floor: Mapping[str, float | None],
     n_test: int | None = None,
     id: str | None = None,
     clean: str | None = None,
@@ -45,7 +46,8 @@ def tabular(
 
     `kind` auto: a UCI folder is a regression; elsewhere targets are class labels where they are text, or whole numbers
     of which at most `CLASSES` differ; all other numbers are a regression (and numbers mixed with text are refused).
-    `floor`: test accuracy and r2 below which the task is unfit.
+    `floor`: test accuracy and r2 below which the task is unfit; null: `FLOOR` for a benchmark, and for a user's file
+    what always giving the same answer reaches.
 
     Of a user's file: `target`, `id` and `clean` (right labels, where they are known) name columns, `features` the
     columns of numbers (null: all others), `query_file` another such file, whose rows are the queries.
@@ -89,6 +91,8 @@ def tabular(
         for name, part in made.rows.items()
     }
     measure = "accuracy" if classes else "r2"
+    always = guessing(made) if classes else 0.0
+    reached = FLOOR[measure] if table.rows is None else always
     return Task(
         name="tabular",
         splits=splits,
@@ -97,7 +101,7 @@ def tabular(
         recipe=model.recipe,
         model=model.name,
         source=table.name,
-        floor={measure: floor[measure]},
+        floor={measure: reached if floor[measure] is None else float(floor[measure] or 0)},
         identity={
             "version": VERSION,
             "data": table.name,

@@ -16,7 +16,8 @@ from tasks.errors import require
 class Detection:
     """Two rankings, never mixed: by `value` (self-influence, loss …), and by the mean attribution to the clean `val`
     split; lowest first. ROC-AUC and average precision with ties together, the share of flips among the first
-    `inspected` shares of all rows, and the base rate that average precision has by chance."""
+    `inspected` shares of all rows, and the base rate that average precision has by chance. Rows whose right label
+    nobody knows do not count."""
 
     inspected: tuple[float, ...]
 
@@ -29,6 +30,11 @@ class Detection:
         """Nothing to retrain; but some labels must be known to be wrong."""
         self.wrong(task)
 
+    def known(self, task: Task) -> np.ndarray:
+        """Training rows whose right label is known, (N,): all where errors were planted."""
+        clean = task.annotations.clean if task.annotations else {}
+        return np.array([not clean or i in clean for i in task.train.ids])
+
     def wrong(self, task: Task) -> np.ndarray:
         """Which training rows carry a planted error, (N,)."""
         flipped = task.annotations.flipped if task.annotations else frozenset()
@@ -38,10 +44,11 @@ class Detection:
         return positive
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
-        positive = self.wrong(case.task)
+        known = self.known(case.task)
+        positive = self.wrong(case.task)[known]
         metrics: dict[str, Metric] = {}
         for name, helps, nan in rankings(case):
-            metrics |= self._metrics(name, positive, -helps, nan)
+            metrics |= self._metrics(name, positive, -helps[known], nan)
         metrics["base_rate"] = Metric(float(positive.mean()), np.empty(0), len(positive), {}, better=None)
         return metrics
 

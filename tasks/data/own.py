@@ -274,6 +274,9 @@ def split(
     size = sizes["n_train"]
     require(len(train) > 0, f"task.{keys}", taken, f"fewer than {len(rows)}, so that train has rows")
     require(size is None or size <= len(train), "task.n_train", size, f"at most {len(train)}, or null")
+    said = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    fewer = ", ".join(f"task.{key}=" for key in held)
+    notes += (f"{taken} rows are held out ({said}) and are no suspects: {fewer} take fewer, task.seed= others",)
     if asked is not None:
         parts["query"] = np.arange(len(rows), len(rows) + len(asked))
         notes += (*asked.notes, *_repeated(rows, asked))

@@ -22,7 +22,7 @@ from bench.evaluations.loo import LOO
 from bench.evaluations.pbrf import PBRF
 from bench.evaluations.removal import Removal
 from bench.evaluations.shapley import Shapley, shapley_values
-from bench.statistics import Array, around, ceilings, split_half
+from bench.statistics import Array, around, ceilings, roc_auc, split_half
 from methods.base import Unsupported
 from tasks.base import Annotations, Checkpoint, Examples, Recipe, Task, Trajectory
 from tasks.errors import UserError
@@ -763,6 +763,17 @@ def test_detection_is_perfect_for_an_oracle_and_lowest_is_most_suspicious() -> N
     assert found["base_rate"].value == pytest.approx(6 / 40) and found["base_rate"].better is None
     assert found["base_rate"].entry()["low"] is None
     assert DETECTION.evaluate(case(None, lambda: -ORACLE))["value_auc"].value == 0.0
+
+
+def test_rows_of_which_nobody_knows_the_right_label_do_not_count() -> None:
+    """Without row 3, which is wrong, and row 4, which is not: as if they were not there."""
+    known = {f"train:{i}": 0 for i in range(N) if i not in (3, 4)}
+    sparse = replace(TASK, annotations=Annotations(FLIPPED - {"train:3"}, known))
+    value = np.random.default_rng(5).normal(size=N)
+    found = Detection((0.2,)).evaluate(case(value=lambda: value, task=sparse))
+    rest = np.delete(np.arange(N), [3, 4])
+    assert found["base_rate"].value == pytest.approx(5 / 38) and found["value_auc"].n == 38
+    assert found["value_auc"].value == pytest.approx(roc_auc(POSITIVE[rest], -value[rest]))
 
 
 def test_detection_averages_the_attribution_to_val() -> None:

@@ -34,6 +34,14 @@ BERT = ScratchBert("tiny", 1, 8, 2, 16, 300, 16, 0.0, 0.02, "float32", recipe(op
 WORDS = ("good", "fine", "great", "bad", "poor", "film", "plot", "cast", "scene", "story")
 
 
+def told(task: Task) -> tuple[str, ...]:
+    """All notes but the one of what is held out."""
+    (held,) = [note for note in task.notes if "are held out" in note]
+    sizes = [len(rows) for name, rows in task.splits.items() if name != "train"]
+    assert int(held.split()[0]) in (sum(sizes), sum(sizes) - len(task.splits["query"]))
+    return tuple(note for note in task.notes if note != held)
+
+
 def sentences(rows: int = 60, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 6))) + f" {seed}-{i}" for i in range(rows)]
@@ -211,7 +219,7 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path) -> None:
     table.loc[[20, 21, 22, 23, 24, 25, 26], ["text", "label"]] = ["a good film", "pos"]
     table.loc[30, ["text", "label"]] = ["a good film", "neg"]
     task = of_text(written(tmp_path, table, "a.csv"))
-    assert task.notes == (
+    assert told(task) == (
         "2 rows dropped without a text (lines 4, 9)",
         "1 row dropped without a target (line 11)",
         "6 rows dropped as repetitions of an earlier one (lines 23, 24, 25, 26, 27 and 1 more)",
@@ -220,7 +228,7 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path) -> None:
     gone = {2, 7, 9, *range(21, 27)}
     ids = {int(i) for split in task.splits.values() for i in split.ids}
     assert ids == set(range(60)) - gone, "good rows are not lost"
-    assert of_text(written(tmp_path, sentences(60), "b.csv")).notes == ()
+    assert told(of_text(written(tmp_path, sentences(60), "b.csv"))) == ()
 
 
 def test_notes_change_nothing(tmp_path: Path) -> None:
@@ -228,7 +236,7 @@ def test_notes_change_nothing(tmp_path: Path) -> None:
     numbers = pd.DataFrame({"a": np.arange(60.0), "y": table.label})
     clean = of_table(written(tmp_path, numbers, "a.csv"))
     again = of_table(written(tmp_path, pd.concat([numbers, numbers[:3]]), "a.csv"))
-    assert clean.notes == () and len(again.notes) == 1
+    assert told(clean) == () and len(told(again)) == 1
     assert clean.key() == again.key() and clean.fingerprint() == again.fingerprint()
     assert again.public().notes == again.notes
 
@@ -257,7 +265,7 @@ def test_rare_labels_stay_in_train_and_are_told(tmp_path: Path, make: Callable[.
     path = written(tmp_path, table, "a.csv")
     for seed in range(5):
         task = make(path, target="label", seed=seed)
-        assert task.notes == (
+        assert told(task) == (
             "label 'postive' is seen once (line 17): it stays in train",
             "label 'so-so' is seen 3 times (lines 5, 6, 72): it stays in train",
         )
@@ -352,7 +360,7 @@ def test_a_file_of_queries(tmp_path: Path) -> None:
     assert task.splits["query"].ids == ("query:0", "query:2", "query:3", "query:4")
     assert task.splits["query"].texts == tuple(asked.text[[0, 2, 3, 4]])
     assert [len(task.splits[s]) for s in SPLITS] == [48, 6, 4, 6]
-    assert task.notes == (
+    assert told(task) == (
         "query file: 1 row dropped without a text (line 2)",
         "query file: 1 row also stands in a.csv (line 4)",
     )
@@ -409,7 +417,7 @@ def drawn(place: Path, rows: int = 24) -> Path:
 def test_a_folder_of_classes_and_a_table_of_paths(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "pictures")
     one = of_images(folder, size=8)
-    assert one.classes == ("black", "white") and one.source == "pictures" and one.notes == ()
+    assert one.classes == ("black", "white") and one.source == "pictures" and told(one) == ()
     assert one.train.inputs["x"].shape == (18, 64)
     files = sorted(folder.rglob("*.png"))
     ids = [i for split in one.splits.values() for i in split.ids]
@@ -443,7 +451,7 @@ def test_images_that_cannot_be_read_are_dropped_and_named(tmp_path: Path) -> Non
     assert task.notes[0] == "files in no subfolder, and so of no class: 1"
     assert task.notes[1].startswith("2 rows dropped without an image that can be read (black/half.png (half.png: ")
     assert task.notes[1].endswith("white/notes.txt (notes.txt is no image))")
-    assert task.notes[2:] == ("1 row dropped as repetitions of an earlier one (white/again.png)",)
+    assert told(task)[2:] == ("1 row dropped as repetitions of an earlier one (white/again.png)",)
     assert sum(len(split) for split in task.splits.values()) == 24
     paths = [*(f"black/{i:02d}.png" for i in range(0, 24, 2)), "black/99.png", ""]
     table = pd.DataFrame({"path": paths, "label": list("ab") * 7})
@@ -498,4 +506,14 @@ def test_long_texts_are_told(tmp_path: Path) -> None:
     table = sentences(60)
     table.loc[[3, 4, 5], "text"] += " good" * 30
     task = of_text(written(tmp_path, table, "a.csv"))
-    assert task.notes == ("texts of 16 tokens (model.max_length) or more: 3; what is beyond is not read",)
+    assert told(task) == ("texts of 16 tokens (model.max_length) or more: 3; what is beyond is not read",)
+
+
+def test_the_floor_of_a_file_is_what_always_one_answer_reaches(tmp_path: Path) -> None:
+    lines = ["x,label", *(f"{i / 7},{'yes' if i % 4 else 'no'}" for i in range(80))]
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(lines) + "\n")
+    task = of_table(path, target="label", floor={"accuracy": None, "r2": None})
+    share = (task.splits["test"].targets == task.classes.index("yes")).double().mean()
+    assert task.floor == {"accuracy": pytest.approx(float(share))} and 0.5 < share < 1
+    assert of_table(path, target="label", floor={"accuracy": 0.1, "r2": None}).floor == {"accuracy": 0.1}
