@@ -76,7 +76,7 @@ def detection_curves(table: Table, path: str | Path) -> list[Path]:
     rates = [row.cells[k] for k, head in enumerate(table.columns) if head.metric == "base_rate" for row in table.rows]
     base = next((cell.value for cell in rates if cell is not None and cell.value is not None), None)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(panels), 3.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=(5.4 * len(panels), 3.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         for k, (ranking, curves) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), k + 1)
@@ -93,8 +93,8 @@ def detection_curves(table: Table, path: str | Path) -> list[Path]:
             axes.set_ylabel("share of errors found")
             axes.set_ylim(0, 1.03)
             axes.set_title(f"by {ranking}")
-            axes.legend(frameon=False, fontsize=7, loc="lower right")
-        figure.suptitle(_wrapped(table.caption, 70 * len(panels)), color="0.3", fontsize=7.5)
+            axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        figure.suptitle(_wrapped(table.caption, 90 * len(panels)), color="0.3", fontsize=7.5)
         return _written(figure, Path(path))
 
 
@@ -166,7 +166,7 @@ def _draw(points: Sequence[Point], metric: str, ceiling: float | None, caption: 
     axes.margins(y=0.12)
     axes.set_xlabel("seconds: attribution and the trainings that it uses")
     axes.set_ylabel(metric)
-    axes.set_title(_wrapped(caption, 104), color="0.3", fontsize=7.5)
+    axes.set_title(_wrapped(caption, 92), color="0.3", fontsize=7.5)
     axes.grid(axis="y", color="0.92", zorder=0)
     figure.draw_without_rendering()  # fixes the layout, so that labels can be placed in pixels
     _label(axes, points, ceiling)
