@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = """How fast the truth engine and influence functions are here: ratios from one run, medians of several rounds.
 
-    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,trak,solvers,logra,memory,precision]
+    python -m bench.speed [only=vectorised,leave_one_out,processes,ray,ekfac,trak,solvers,logra,memory,precision,own]
                           [rounds=3] [trainings=400]
 
 vectorised     half-data trainings of digits/mlp: the stacked engine on all cores against one sequential trainer a core
@@ -36,6 +36,7 @@ solvers        conjugate gradients and LiSSA on digits/mlp: 100 queries at once 
 logra          EK-FAC scores as in `ekfac`, of full gradients against LoGra's 32 x 32 numbers a layer
 memory         what scoring adds to this process at its peak, for 1,000, 4,000 and 16,000 training examples
 precision      EK-FAC scores as in `ekfac`, with factors and products in float32 against bfloat16
+own            a user's CSV file of 100,000 rows and 40 features: suspects by seven cheap methods, command to files
 trainings      of the vectorised measurement; 5000 is the size of a published study"""
 
 
@@ -282,6 +283,12 @@ def _task(*overrides: str) -> "Task":
     return build_task(compose(overrides))
 
 
+def _own(rounds: int, trainings: int) -> list[str]:
+    from bench.speed_own import report
+
+    return report(rounds)
+
+
 def _cores() -> int:
     from tasks.training.engines import Executor
 
@@ -299,6 +306,7 @@ PARTS: dict[str, Callable[[int, int], list[str]]] = {
     "logra": _logra,
     "memory": _memory,
     "precision": _precision,
+    "own": _own,
 }
 
 

@@ -1,12 +1,13 @@
 """The speed program: what it says of itself, and its parts on influence functions on tiny tasks."""
 
 import importlib.util
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import speed, speed_ekfac, speed_solvers, speed_trak
+from bench import speed, speed_ekfac, speed_own, speed_solvers, speed_trak
 from bench.speed_ekfac import Took, joined, ours, report, theirs
 from methods.compression.none import Uncompressed
 from methods.compression.sjlt import SJLT
@@ -141,3 +142,12 @@ def test_without_traker_a_line_says_how_to_install_it(task: Task, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lines = speed_trak.features(task, 1)
     assert "make peers" in lines[-1] and not any("traker takes" in line for line in lines)
+
+
+def test_suspects_of_a_file_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_own, "ROWS", 400)
+    monkeypatch.setattr(speed_own, "METHODS", ("loss", "random"))
+    lines = speed_own.report(1)
+    assert re.search(r"400 rows, 40 features, 5 % wrong labels, 2 methods: \d+ s .* peak [\d.]+ GiB", lines[0])
+    found = dict(part.split() for part in lines[1].partition(": ")[2].split(", "))
+    assert float(found["loss"]) > 0.6 and 0.2 < float(found["random"]) < 0.8
