@@ -477,7 +477,10 @@ def test_joblib_workers_report_through_files(cwd: Path, toys: Path) -> None:
     status, out, err = process(cwd, *arguments, "hydra.launcher.n_jobs=2", path=toys)
     assert status == 1
     assert "report ok failed ok" in out
-    assert sorted(err.splitlines()) == [
+    ours = [
+        line for line in err.splitlines() if "joblib" not in line and "warnings.warn" not in line
+    ]  # on a busy machine
+    assert sorted(ours) == [
         "failed: seed=1: RuntimeError: it broke",
         *(f"run {k + 1}: seed={k}" for k in range(3)),
         "sweep of 3 runs",
