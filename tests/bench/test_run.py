@@ -1,5 +1,6 @@
 """End to end: methods on tasks, through the program, down to records and tables."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -441,3 +442,40 @@ def test_a_sweep_reads_its_data_once_and_a_changed_file_again(tmp_path: Path, mo
     assert len(read) == 2
     file.write_text("\n".join(["x,y,label", *lines, "9,9,a"]) + "\n")
     assert len(row("loss")) == len(first) + 1 and len(read) == 3
+
+
+def test_other_lines_of_the_same_rows_are_another_run(tmp_path: Path) -> None:
+    """A file whose unusable rows were deleted holds the same rows at other lines, which suspects.csv must say."""
+    file, lines = tmp_path / "mine.csv", [f"{i % 7},{i % 5},{'ab'[i % 2]}" for i in range(35)]
+    own = ["task=tabular", "task.data=folder", f"task.data_dir={file}", "task.target=label", "model=logreg"]
+
+    def suspects(*rows: str) -> pd.DataFrame:
+        file.write_text("\n".join(["id,x,y,label", *rows]) + "\n")
+        outcome = run(compose(tmp_path / "out", *own, "task.id=id", "method=loss"))  # nothing is judged by default
+        assert not outcome.found
+        return pd.read_csv(Path(str(outcome.folder)) / "suspects.csv")
+
+    named = [f"r{i},{line}" for i, line in enumerate(lines)]
+    before = suspects("broken,,1,a", *named)
+    after = suspects(*named)
+    assert list(before["id"]) == list(after["id"]) and list(before["row"]) == [row + 1 for row in after["row"]]
+
+
+def test_a_plan_tells_seconds_disk_and_what_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, lines = tmp_path / "mine.csv", [f"{i % 7},{i % 5},{'ab'[i % 2]}" for i in range(35)]
+    file.write_text("\n".join(["x,y,label", *lines]) + "\n")
+    own = ["task=tabular", "task.data=folder", f"task.data_dir={file}", "task.target=label", "plan=true"]
+    assert run(compose(tmp_path / "out", *own, "method=banzhaf", "method.subsets=7")).reason == "planned only"
+    said = capsys.readouterr().out
+    assert "12 rows are held out (4 val, 4 query, 4 test)" in said
+    assert "explained model: 1 training" in said and " MiB" in said and "method: 7 retrainings of its own" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_trained_are_not_judged_by_training() -> None:
+    config = configuration.compose(["task=digits", "evaluation=[lds,loo]"])
+    task = build_task(config)
+    untrained = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, epochs=0))
+    with pytest.raises(UserError, match=r"model\.recipe\.epochs=0"):
+        bench.run.build_evaluations(config, untrained)
+    assert set(bench.run.build_evaluations(config, task)) == {"lds", "loo"}
