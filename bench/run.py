@@ -238,6 +238,8 @@ def _judge(
         store=cache / "truth",
         executor=executor,
         progress=console.progress,
+        problem=problem,
+        method=method,
         shipped=shipped_truth(),
     )
     if not evaluations:

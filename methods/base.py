@@ -221,6 +221,11 @@ class Method:
         """(N,): higher is more helpful, lower more suspicious; no query."""
         raise Unsupported(f"{type(self).__name__} has no value without a query")
 
+    def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(H + γI + λI)⁻¹ v at the explained parameters, H of the problem's training set; v and the answer by parameter.
+        Parameters that the method does not cover have zero in the answer."""
+        raise Unsupported(f"{type(self).__name__} inverts no curvature")
+
     def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
         """Parts of `attribute` that sum to it: by="layer" {"layers": (L, Q, N)}, by="token" {"train_tokens": (Q, N, T),
         "query_tokens": (Q, T, N)}, the last of T being what belongs to no token."""

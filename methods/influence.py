@@ -13,7 +13,7 @@ from methods.compression.none import Uncompressed
 from methods.curvature.base import Curvature, Fitted
 from methods.curvature.damping import Damping
 from methods.curvature.identity import Identity
-from methods.gradients.blocks import blocks_of, with_rows_in_use
+from methods.gradients.blocks import blocks_of, from_parameters, to_parameters, with_rows_in_use
 from methods.gradients.per_example import Factors, Gradient, norms, sum_of_products
 from methods.gradients.sharding import mine, share, summed
 from methods.gradients.source import Source
@@ -120,6 +120,19 @@ class Influence(Method):
             values[index] = -squared / len(problem.train)
         summed([values])
         return values
+
+    def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(self.compression, Uncompressed):
+            raise Unsupported("compressed gradients have no inverse curvature in the parameters' own space")
+        source, fitted = self._fit(problem, [problem.train])
+        parameter = next(source.model.parameters())
+        given = {name: v.to(parameter.device, parameter.dtype)[None] for name, v in vector.items()}
+        asked = [Gradient(block, from_parameters(block, given)) for block in source.blocks]
+        answer = {name: torch.zeros_like(v) for name, v in vector.items()}
+        for g in fitted.solve(asked, self.damping, problem.task.recipe.l2):
+            for name, part in to_parameters(g.block, g.dense()).items():
+                answer[name] = part[0].to(vector[name].device, vector[name].dtype)
+        return answer
 
     def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
         """By layer: the terms of the sum over blocks, in the blocks' order. By token: ∇ℓ(i), then ∇m(q), taken apart

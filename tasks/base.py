@@ -209,8 +209,10 @@ class Annotations:
 class Task:
     """Data, model, objective and recipe. `identity` is everything that changes what a training on it gives.
 
-    `classes`: names of the class labels by index; `notes`: what a reader should know of the data (dropped rows, rare
-    labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None changes a training.
+    `pairs`: an example is two answers to one prompt, the outputs (B, 2) are their rewards, the target says which of the
+    two was preferred. `classes`: names of the class labels by index; `notes`: what a reader should know of the data (dropped rows, rare
+    labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None of these three changes
+    a training.
     """
 
     name: str
@@ -225,6 +227,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     annotations: Annotations | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # provenance by id, where data is generated; judge's only
+    pairs: bool = False
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)

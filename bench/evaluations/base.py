@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bench.statistics import Array, around, centred, interval
+from methods.base import Method, Problem
 from tasks.base import Task, Trajectory
 from tasks.training.engines import Executor, Rows
 from tasks.training.plan import Plan
@@ -71,7 +72,7 @@ class Case:
     """One method on one task, to be judged. `attribution(split)` (queries, N) and `value()` (N,) are made when first
     asked for, and raise `NotApplicable` where the method does not offer them.
 
-    `shipped`: a folder of finished trainings that is only read. `notes`: how each truth came about, for the record.
+    `problem` and `method`: for what follows from a method's own inverse curvature. `shipped`: a folder of finished trainings that is only read. `notes`: how each truth came about, for the record.
     """
 
     task: Task
@@ -83,6 +84,8 @@ class Case:
     store: Path
     executor: Executor
     progress: Callable[[str, int, int], None]
+    problem: Problem | None = None
+    method: Method | None = None
     shipped: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
