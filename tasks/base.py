@@ -210,9 +210,9 @@ class Task:
     """Data, model, objective and recipe. `identity` is everything that changes what a training on it gives.
 
     `pairs`: an example is two answers to one prompt, the outputs (B, 2) are their rewards, the target says which of the
-    two was preferred. `classes`: names of the class labels by index; `notes`: what a reader should know of the data (dropped rows, rare
-    labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None of these three changes
-    a training.
+    two was preferred. `classes`: names of the class labels by index; `notes`: what a reader should know of the data
+    (dropped rows, rare labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None of
+    these three changes a training.
     """
 
     name: str

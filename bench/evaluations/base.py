@@ -72,7 +72,8 @@ class Case:
     """One method on one task, to be judged. `attribution(split)` (queries, N) and `value()` (N,) are made when first
     asked for, and raise `NotApplicable` where the method does not offer them.
 
-    `problem` and `method`: for what follows from a method's own inverse curvature. `shipped`: a folder of finished trainings that is only read. `notes`: how each truth came about, for the record.
+    `problem` and `method`: for what follows from a method's own inverse curvature. `shipped`: a folder of finished
+    trainings that is only read. `notes`: how each truth came about, for the record.
     """
 
     task: Task
