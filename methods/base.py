@@ -222,8 +222,8 @@ class Method:
         raise Unsupported(f"{type(self).__name__} has no value without a query")
 
     def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        """(H + γI + λI)⁻¹ v at the explained parameters, H of the problem's training set; v and the answer by parameter,
-        zero for those that the method does not cover."""
+        """(H + γI + λI)⁻¹ v at the explained parameters, H of the problem's training set; v and the answer by
+        parameter, zero for those that the method does not cover."""
         raise Unsupported(f"{type(self).__name__} inverts no curvature")
 
     def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:
