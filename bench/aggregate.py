@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,26 @@ from bench.statistics import around, crossed, holm, interval, paired_difference
 
 COSTS = ("seconds", "trainings", "peak_memory_bytes", "gradients", "stored_bytes")
 LDS_LOO = ("lds", "loo_pearson", "loo_spearman", "loo_slope", "loo_intercept", "pbrf_pearson")
-FIRST = (*LDS_LOO, "value_auc", "attribution_auc", "value_ap", "attribution_ap")  # then others, then LAST
+BIAS = tuple(f"{name}_{kind}auc" for name in ("less", "more", "full") for kind in ("", "matched_"))
+DETECTED = ("value_auc", "value_matched_auc", "attribution_auc", "value_ap", "attribution_ap")
+SETS = ("forget", "retain", "neighbours", "test")
+ON_SETS = tuple(f"{name}_{figure}" for figure in ("accuracy", "loss") for name in SETS)
+TO_GOLD = (
+    "kl_forget",
+    "kl_test",
+    "kl_retain",
+    "agreement_forget",
+    "agreement_test",
+    "mia_auc",
+    "mia_gap",
+    "ks_d",
+    "ks_p",
+)
+UNLEARNED = ("tow", "tow_normalised", *ON_SETS, *TO_GOLD, "kl_forget_normalised")
+FIRST = (*LDS_LOO, *BIAS, *DETECTED, *UNLEARNED)  # then others, then LAST
 LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")
-MAIN = ("lds", *DETECTION, "loo_spearman", "loo_pearson")
+MAIN = ("lds", "less_auc", *DETECTION, "loo_spearman", "loo_pearson", "tow")
 SEED_SPREAD_FROM = 3
 LEVEL = 0.05
 
@@ -76,7 +92,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was measured on one task, data and model; `name` is the stem of its files."""
+    """All that was measured on one task, data and model, and of unlearning on one forget set (`part`); `name` is the
+    stem of its files. `paths`: by row, the losses (forget, retain) on the way of an update, means over seeds."""
 
     name: str
     caption: str
@@ -90,6 +107,8 @@ class Table:
     notes: tuple[str, ...]
     truths: tuple[str, ...]
     differences: "tuple[Difference, ...]" = ()
+    part: str = ""
+    paths: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ def tables(stored: Iterable[Stored]) -> list[Table]:
     for pair in sorted(stored, key=lambda pair: _age(pair[0])):
         record, data = pair[0], pair[0]["data"]
         place = [record["task"], data["source"], data["fingerprint"], data["n_train"], record["model"]]
+        place += [part] if (part := _part(record)) else []
         groups[records.canonical(place), records.canonical(record["config"].get("model"))].append(pair)
     heads = [group[0][0] for group in groups.values()]
     configs = [head["config"].get("model") or {} for head in heads]
@@ -149,13 +169,13 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
 
     heads = list(columns.values())
     firsts = [row[0] for row in by_row.values()]
-    configs = [{"method": record["method"], **_seedless(record)} for record in firsts]
-    labels = _distinct([record["method_label"] for record in firsts], configs)
+    configs = [{"method": _row_name(record), **_row_config(record)} for record in firsts]
+    labels = _distinct([_row_label(record) for record in firsts], configs)
     rows = [
         Row(
             label=label,
-            method=records_of_row[0]["method"],
-            config=_seedless(records_of_row[0]),
+            method=_row_name(records_of_row[0]),
+            config=_row_config(records_of_row[0]),
             seeds=tuple(record["seed"] for record in _newest(records_of_row)),
             cells=tuple(cells[row, column] for column in columns),
             costs=_costs(records_of_row),
@@ -170,9 +190,11 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
     rows, notes = _footnotes(sorted(rows, key=lambda row: _rank(row, main, heads)))
     if older := len(found) - sum(map(len, entries.values())):
         notes.append(f"{older} older number{'s' * (older > 1)} of the same row, seed and truth not shown")
+    rows += _anchors([record for record, _ in group], heads)
     record, data = group[0][0], group[0][0]["data"]
     digest = records.run_id({"table": list(key)})[:8]
-    stem = [record["task"], data["source"], record["model"], f"n{data['n_train']}", digest]
+    part = _part_label(record)
+    stem = [record["task"], data["source"], record["model"], f"n{data['n_train']}", *filter(None, [part]), digest]
     return Table(
         name="-".join(re.sub(r"[^\w.+]+", "_", part) for part in stem),
         caption=_caption([record for record, _ in group], model, rows),
@@ -186,15 +208,108 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
         notes=tuple(notes),
         truths=_truths(heads),
         differences=tuple(differences),
+        part=part,
+        paths=dict(filter(lambda pair: pair[1], ((named[row], _path(by_row[row])) for row in by_row))),
     )
 
 
 def _row_key(record: Mapping[str, Any]) -> str:
+    if _unlearning(record):
+        return records.canonical([_row_name(record), _row_label(record), _row_config(record)])
     return records.canonical([record["method"], record["method_label"], _seedless(record)])
 
 
 def _seedless(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record["config"]["method"].items() if key != "seed"}
+
+
+# --- unlearning: a table a forget set, a row an update ---------------------------------------------------------------
+
+
+def _unlearning(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a run that unlearns; nothing of others."""
+    found: Mapping[str, Any] = record["config"].get("truth", {}).get("unlearning", {})
+    return found
+
+
+def _unlearned(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the evaluation noted of itself; nothing where it did not come so far."""
+    found: Mapping[str, Any] = record.get("truths", {}).get("unlearning", {})
+    return found
+
+
+def _part(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is forgotten, with the method where its scores choose it."""
+    settings = _unlearning(record)
+    if not settings:
+        return {}
+    by = [record["method"], record["method_label"], _seedless(record)] if _part_by_method(record) else []
+    return {"forget": settings["forget"], "by": by}
+
+
+def _part_by_method(record: Mapping[str, Any]) -> bool:
+    return bool(_unlearned(record).get("forget_uses_method", _unlearning(record)["forget"]["name"] == "topk"))
+
+
+def _part_label(record: Mapping[str, Any]) -> str:
+    settings = _unlearning(record)
+    if not settings:
+        return ""
+    return str(settings["forget"]["name"]) + (f"_{record['method_label']}" if _part_by_method(record) else "")
+
+
+def _row_name(record: Mapping[str, Any]) -> str:
+    settings = _unlearning(record)
+    return str(settings["unlearner"]["name"] if settings else record["method"])
+
+
+def _row_label(record: Mapping[str, Any]) -> str:
+    """The unlearner, with the method where it uses one and the mask where there is one."""
+    settings = _unlearning(record)
+    if not settings:
+        return str(record["method_label"])
+    by = f" by {record['method_label']}" if _unlearned(record).get("uses_method", True) else ""
+    mask = _unlearned(record).get("mask", settings["mask"]["name"])
+    return f"{settings['unlearner']['name']}{by}" + (f", {mask} mask" if mask != "none" else "")
+
+
+def _row_config(record: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _unlearning(record)
+    if not settings:
+        return _seedless(record)
+    own = {key: value for key, value in settings.items() if key != "forget"}
+    used = _unlearned(record).get("uses_method", True)
+    return {**own, "method": _seedless(record)} if used else own
+
+
+def _anchors(group: Sequence[Mapping[str, Any]], heads: Sequence[Column]) -> list[Row]:
+    """Rows below all others: what a retraining and the untouched model get in the columns; the newest run of each seed
+    says."""
+    found: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
+    for record in group:
+        for label, figures in _unlearned(record).get("anchors", {}).items():
+            found[label][record["seed"]] = figures
+    rows = []
+    for label, by_seed in found.items():
+        cells: list[Cell | None] = []
+        for head in heads:
+            said = [figures[head.metric] for figures in by_seed.values() if figures.get(head.metric) is not None]
+            sd = float(np.std(said, ddof=1)) if len(said) >= SEED_SPREAD_FROM else None
+            cells.append(Cell(value=_mean(said), sd=sd, seeds=len(said)) if said else None)
+        rows.append(Row(label, label, {}, tuple(sorted(by_seed)), tuple(cells), dict.fromkeys(COSTS)))
+    return rows
+
+
+def _path(row: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Losses (forget, retain) on the way, means over the seeds, as far as all of them went."""
+    paths = [path for record in _newest(row) if (path := _unlearned(record).get("trajectory"))]
+    steps = zip(*paths, strict=False)
+    return [(_mean_of(points, "forget_loss"), _mean_of(points, "retain_loss")) for points in steps]
+
+
+def _mean_of(points: Iterable[Mapping[str, Any]], key: str) -> float:
+    values = [point[key] for point in points]
+    return float(np.mean(values)) if None not in values else math.nan
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -487,7 +602,8 @@ def goodness(value: Any, better: str) -> Any:
 
 
 def main_column(table: Table) -> int | None:
-    """The index of the column that speaks for the table: LDS, else detection AUC, else LOO correlation."""
+    """The index of the column that speaks for the table: LDS, else detection AUC (of a bias by the query set that
+    exposes it), else LOO correlation."""
     return _main(table.columns, table.rows)
 
 
@@ -556,6 +672,7 @@ def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]
         f"{data['source']} data {data['fingerprint'][:8]}",
         f"{data['n_train']:,} training examples",
         model,
+        *([f"forget {_part_label(group[0])}"] if _part_label(group[0]) else []),
         *(fit or ["fitness not measured"]),
         seeds,
     ]

@@ -35,7 +35,7 @@ from tasks.errors import UserError
 SIGNED = ("method", "task", "model")  # what users may replace by a class of their own: only the signature judges it
 CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names: bench hands them over
 DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
-NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice")
+NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice", "unlearner", "forget", "mask")  # in a truth
 EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for every block"}  # by argument's name
 # Their content is fingerprinted instead, or decides nothing.
 PATHS = (("task", "data_dir"), ("task", "query_file"), ("model", "path"), ("method", "path"), ("method", "store"))

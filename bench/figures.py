@@ -56,7 +56,7 @@ def quality_against_seconds(table: Table, path: str | Path) -> list[Path]:
 
     A suffix .png or .svg of `path` is ignored. Raises UserError naming `out` where the files cannot be written.
     """
-    column = main_column(table)
+    column = None if table.part else main_column(table)  # an update's seconds are no attribution's
     points = _points(table, column) if column is not None else []
     if column is None or not points:
         return []
@@ -96,6 +96,45 @@ def detection_curves(table: Table, path: str | Path) -> list[Path]:
             axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         figure.suptitle(_wrapped(table.caption, 90 * len(panels)), color="0.3", fontsize=7.5)
         return _written(figure, Path(path))
+
+
+def unlearning_paths(table: Table, path: str | Path) -> list[Path]:
+    """What forgetting costs: retain loss (log) against forget loss on the way of each update, from the original (a
+    square) to the retrainings (stars). As the other figures; none where nothing was unlearned."""
+    if not table.paths:
+        return []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        shown = [row.label for row in table.rows if len(table.paths.get(row.label, ())) > 1]
+        for place, label in enumerate(shown):
+            x, y = zip(*((max(a, LEAST_LOSS), max(b, LEAST_LOSS)) for a, b in table.paths[label]), strict=True)
+            name = textwrap.shorten(label, LONGEST, placeholder=" …")
+            style, shade = STROKES[place // len(SHADES) % len(STROKES)], SHADES[place % len(SHADES)]
+            axes.plot(x, y, style, marker="o", ms=3, lw=1.2, color=shade, label=name)
+        columns = {head.metric: k for k, head in enumerate(table.columns)}
+        for label, marker in {"retrain": "*", "original": "s"}.items():
+            for row in table.rows:
+                ends = [row.cells[columns[n]] for n in ("forget_loss", "retain_loss") if n in columns]
+                values = [cell.value for cell in ends if cell is not None and cell.value is not None]
+                if row.method.startswith(label) and not row.config and len(values) == 2:  # no run of its own
+                    across, up = (max(value, LEAST_LOSS) for value in values)
+                    size, face = (130 if marker == "*" else 45), "white" if "new" in row.label else "0.25"
+                    axes.scatter(across, up, size, face, marker=marker, edgecolor="0.25", zorder=4, label=row.label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("loss of the forget set, nats a token")
+        axes.set_ylabel("loss of the retained rows, nats a token")
+        axes.grid(color="0.92", zorder=0)
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.set_title(_wrapped(table.caption, 80), color="0.3", fontsize=7.5)
+        return _written(figure, Path(path))
+
+
+LEAST_LOSS = 1e-4  # of the axes
+SHADES = tuple(f"C{k}" for k in range(10))
+STROKES = ("-", "--", ":")
 
 
 def _found_shares(table: Table, prefix: str) -> dict[str, dict[float, float]]:

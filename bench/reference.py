@@ -55,6 +55,7 @@ def write_tables(to: Path) -> list[Path]:
         written += tables.write(table, to / "tables")
         written += figures.quality_against_seconds(table, to / "tables" / f"{table.name}.png")
         written += figures.detection_curves(table, to / "tables" / f"{table.name}-detection.png")
+        written += figures.unlearning_paths(table, to / "tables" / f"{table.name}-paths.png")
     return written
 
 

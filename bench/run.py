@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench import config as configuration
 from bench import records, suspects
 from bench.console import Console, still_at_it
-from bench.evaluations.base import Case, Evaluation, Metric, NotApplicable, Unfit
+from bench.evaluations.base import AsksOfMethod, Case, Evaluation, Metric, NotApplicable, Unfit
 from bench.memory import Peak
 from bench.plan import planned_work
 from bench.statistics import bootstrap_queries
@@ -91,6 +91,9 @@ def run(config: DictConfig) -> Outcome:
     out, name = Path(config.out), str(config.choice.method)
     task, method = BUILT.of(config), build_method(config)
     evaluations, executor = build_evaluations(config, task), build(config.executor)
+    for evaluation in evaluations.values():
+        if isinstance(evaluation, AsksOfMethod):
+            evaluation.require(task, method)
     covered = coverage_of(task, method)
     check_device(config.device)
     if config.detail not in (None, "layer", "token"):
@@ -262,7 +265,7 @@ def _judge(
     if not evaluations or task.places or task.annotations is None or not task.annotations.flipped:
         kept.texts.update(written(task, trajectory, record["method_label"], kept.scores))
     record["truths"] = case.notes
-    if not kept.scores and record["status"] == "ok":
+    if not kept.scores and not record["metrics"] and record["status"] == "ok":
         record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
     attributed = console.seconds.get("attribution", 0.0)
     gradients = torch.tensor([float(problem.meter.gradients)], dtype=torch.float64)
@@ -565,6 +568,7 @@ def report(out: Path, outcomes: Sequence[Outcome]) -> str:
         files = tables.write(table, out / "tables")
         drawn = figures.quality_against_seconds(table, out / "tables" / f"{table.name}.png")
         drawn += figures.detection_curves(table, out / "tables" / f"{table.name}-detection.png")
+        drawn += figures.unlearning_paths(table, out / "tables" / f"{table.name}-paths.png")
         if (
             table.task,
             table.fingerprint,

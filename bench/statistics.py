@@ -426,6 +426,19 @@ def found_in_first(positive: NDArray[np.bool_], score: Array, share: float, coun
     return float((p * part).sum() / p.sum())
 
 
+def specificity_at(positive: NDArray[np.bool_], score: Array, recall: float, counts: Array | None = None) -> float:
+    """True negative rate at the true positive rate `recall`: share of the negatives that come after the first `recall`
+    of the positives, highest score first; what ties at the edge counts in proportion."""
+    c = np.ones(len(score)) if counts is None else np.asarray(counts, float)
+    values, group = np.unique(-score, return_inverse=True)
+    p, n = np.bincount(group, c * positive, len(values)), np.bincount(group, c * ~positive, len(values))
+    room = recall * p.sum() - (np.cumsum(p) - p)  # positives that are still asked for where the group begins
+    room = np.where(room > 1e-9 * p.sum(), room, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.where(p > 0, np.minimum(room / p, 1), room > 0)
+    return float(1 - (n * part).sum() / n.sum())
+
+
 def stratified_counts(positive: NDArray[np.bool_], seed: int, number: int = RESAMPLES) -> NDArray[np.int64]:
     """Bootstrap counts (R, N) that keep the number of positives and of negatives."""
     rng = np.random.default_rng(seed)

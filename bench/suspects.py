@@ -67,7 +67,7 @@ def ranked(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.Data
         "predicted": [found.predicted[i] for i in order],
         "why": why,
     }
-    return pd.DataFrame({**columns, **_texts(train, order, "text")})
+    return pd.DataFrame({**columns, **_texts(task, train, order, "text")})
 
 
 def suspects(problem: Problem, method: Method) -> pd.DataFrame:
@@ -94,13 +94,16 @@ def influence(task: Task, trajectory: Trajectory, queries: Examples, scores: Arr
                 if task.places:
                     line.update(train_row=task.places[train.ids[i]])
                 line.update(score=row[i], train_label=labels[i])
-                lines.append({**line, **_text(queries, q, "query_text"), **_text(train, i, "train_text")})
+                texts = {**_text(task, queries, q, "query_text"), **_text(task, train, i, "train_text")}
+                lines.append({**line, **texts})
     return pd.DataFrame(lines)
 
 
-def _texts(examples: Examples, rows: Sequence[int] | np.ndarray, name: str) -> Mapping[str, list[str]]:
-    return {} if examples.texts is None else {name: [examples.texts[i] for i in rows]}
+def _texts(task: Task, examples: Examples, rows: Sequence[int] | np.ndarray, name: str) -> Mapping[str, list[str]]:
+    if examples.texts is None or not task.show_text:
+        return {}
+    return {name: [examples.texts[i] for i in rows]}
 
 
-def _text(examples: Examples, row: int, name: str) -> dict[str, str]:
-    return {} if examples.texts is None else {name: examples.texts[row]}
+def _text(task: Task, examples: Examples, row: int, name: str) -> dict[str, str]:
+    return {key: texts[0] for key, texts in _texts(task, examples, [row], name).items()}

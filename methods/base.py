@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.base import Checkpoint, Examples, Task, Trajectory, generator
 from tasks.training.plan import Plan
-from tasks.training.train import load
+from tasks.training.train import load, without_frozen
 
 T = TypeVar("T")
 Retraining = Callable[[Task, Plan], dict[str, np.ndarray]]  # val (M, V), query (M, Q), seconds (M,)
@@ -147,9 +147,10 @@ class Problem:
         return replace(self, explained=explained, where=(*self.where, *name), fits=Fits(), _once={})
 
     def model(self, parameters: dict[str, Tensor] | None = None) -> nn.Module:
-        """The explained model, or the one with these parameters, in eval mode, its parameters frozen."""
+        """The explained model, or the one with these parameters, in eval mode, its parameters frozen; those that the
+        training left alone are none of its parameters."""
         chosen = self.trajectory().final if parameters is None else parameters
-        model = load(self.task.initial(0), chosen).to(self.device)
+        model = without_frozen(load(self.task.initial(0), chosen)).to(self.device)
         return model.requires_grad_(False)
 
     def generator(self, *name: object) -> torch.Generator:

@@ -8,7 +8,7 @@ from torch import Tensor
 from methods.base import Method, Problem, require_eval
 from methods.gradients.blocks import blocks_of, with_rows_in_use
 from methods.gradients.per_example import gradients, norms, plain
-from tasks.base import Examples
+from tasks.base import Examples, Task
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class SameLabel(Method):
 
     needs = frozenset({"labels"})
 
+    def unmet(self, task: Task) -> str | None:
+        return label_is_an_order(task) or super().unmet(task)
+
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         return (queries.targets[:, None] == problem.train.targets[None, :]).double()
 
@@ -75,6 +78,9 @@ class TfIdf(Method):
 
     needs = frozenset({"texts", "labels"})
 
+    def unmet(self, task: Task) -> str | None:
+        return label_is_an_order(task) or super().unmet(task)
+
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -84,3 +90,11 @@ class TfIdf(Method):
         similarity = torch.as_tensor((vectorizer.transform(queries.texts) @ training.T).toarray())
         agree = queries.targets[:, None] == problem.train.targets[None, :]
         return torch.where(agree, similarity, -similarity)
+
+
+def label_is_an_order(task: Task) -> str | None:
+    """Why labels of two examples cannot be compared: of a pair of answers it says which one was preferred, and they
+    stand in random order."""
+    if task.pairs:
+        return f"compares labels, which in task={task.name} say which of two answers in random order was preferred"
+    return None

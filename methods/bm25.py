@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from methods.base import Method, Problem
+from methods.baselines import label_is_an_order
 from methods.representation import by_label
-from tasks.base import Examples
+from tasks.base import Examples, Task
 from tasks.errors import require
 
 
@@ -29,6 +30,9 @@ class BM25(Method):
     def __post_init__(self) -> None:
         require(self.k1 >= 0, "method.k1", self.k1, "0 or more")
         require(0 <= self.b <= 1, "method.b", self.b, "0 <= b <= 1")
+
+    def unmet(self, task: Task) -> str | None:
+        return label_is_an_order(task) or super().unmet(task)
 
     def attribute(self, problem: Problem, queries: Examples) -> Tensor:
         from scipy.sparse import csr_array

@@ -24,6 +24,7 @@ class Representation(Method):
 
     `layer`: a module's name, whose output it is; null: what goes into the last linear layer; `input`: the vector x
     itself. Where it has tokens, (T, d), `pooling` takes the first, the last, or the mean of those that are no padding.
+    Of a pair of answers h is that of the first − that of the second: what their rewards' difference is made of.
     """
 
     layer: str | None
@@ -45,7 +46,8 @@ class Representation(Method):
     def of(self, problem: Problem, examples: Examples) -> Tensor:
         """h (n, d), float64. The input alone needs no training."""
         if self.layer == INPUT:
-            return require_vectors(examples).flatten(1).double()
+            vectors = require_vectors(examples).double()
+            return (vectors[:, 0] - vectors[:, 1] if problem.task.pairs else vectors).flatten(1)
         return features(problem, problem.model(), examples, self.layer, self.pooling)
 
     def of_train(self, problem: Problem) -> Tensor:
@@ -95,6 +97,7 @@ def features(problem: Problem, model: nn.Module, examples: Examples, layer: str 
 
     Tokens are told from other axes by what there is: (B, T, d) has them, (B, d) and pictures (B, c, h, w) do not, and
     the latter are one vector. A module that is run several times counts as it is run last.
+    Of pairs of answers the module has seen (B, 2, ...) or, pair after pair, (2B, ...).
     """
     require_eval(model)
     name, watched = f"what goes into the last linear layer of {type(model).__name__}", list(linears(model))
@@ -116,7 +119,11 @@ def features(problem: Problem, model: nn.Module, examples: Examples, layer: str 
             problem.task.outputs(model, batch)
             if not last:
                 raise UserError("method.layer", name, "is not run when the model is", allowed=names_of(model))
-            vectors = pooled(first_tensor(last[0]), batch.inputs.get("attention_mask"), len(batch), pooling, name)
+            output, mask = first_tensor(last[0]), batch.inputs.get("attention_mask")
+            if problem.task.pairs:
+                vectors = first_less_second(output, mask, len(batch), pooling, name)
+            else:
+                vectors = pooled(output, mask, len(batch), pooling, name)
             found.append((index, vectors.to("cpu", torch.float64, copy=True)))
     finally:
         for handle in handles:
@@ -148,6 +155,15 @@ def pooled(output: Tensor | None, mask: Tensor | None, rows: int, pooling: str, 
     else:
         where = place.masked_fill(mask == 0, -1).amax(1)
     return output[torch.arange(rows, device=output.device), where]
+
+
+def first_less_second(output: Tensor | None, mask: Tensor | None, rows: int, pooling: str, name: str) -> Tensor:
+    """(B, 2, ...) or (2B, ...) -> (B, d), `pooled` of the first answers − that of the second; `mask` (B, 2, T)."""
+    if output is not None and output.shape[:2] == (rows, 2):
+        output = output.flatten(0, 1)
+    apart = None if mask is None or mask.ndim != 3 else mask.flatten(0, 1)
+    both = pooled(output, apart, 2 * rows, pooling, name)
+    return both[0::2] - both[1::2]
 
 
 def first_tensor(output: object) -> Tensor | None:

@@ -112,7 +112,7 @@ class Recipe:
     nothing is trained, what is explained are the weights that the model starts from.
     """
 
-    optimizer: str  # sgd | adamw | lbfgs
+    optimizer: str  # sgd | adam | adamw | lbfgs
     lr: float
     epochs: int
     batch_size: int
@@ -131,7 +131,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         options = {
-            "optimizer": ("sgd", "adamw", "lbfgs"),
+            "optimizer": ("sgd", "adam", "adamw", "lbfgs"),
             "decay": ("l2", "decoupled"),
             "schedule": ("constant", "linear", "cosine"),
         }
@@ -187,11 +187,19 @@ class Objective(Protocol):
         """−∂ℓ/∂f, (B,): what is left to explain (1 − p; y − f)."""
 
     def hessian_root(self, outputs: Tensor) -> Tensor:
-        """S (B, O, R) with S Sᵀ = ∂²loss/∂outputs² of each example."""
+        """S (B, O, R) with S Sᵀ = ∂²loss/∂outputs² of each example. Raises `NotImplementedError` where its columns
+        would be too many: there `hessian_times` is all there is."""
+
+    def hessian_times(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+        """(∂²loss/∂outputs²) u of each example, u (..., *outputs.shape) -> the same shape."""
 
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """Targets drawn from the model's own predictive distribution, as in the true Fisher: its quantiles at these
-        numbers from [0, 1), one a target, so that an example's draw depends on no other example."""
+        numbers from [0, 1), one a target, so that an example's draw depends on no other example. NaN stands where there
+        is no target, and none is drawn."""
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(B,) bool: whether the most probable answer is the target. Raises `NotImplementedError` where none is."""
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """How good the outputs are, named (`accuracy`, `r2`, ...)."""
@@ -211,8 +219,8 @@ class Task:
 
     `pairs`: an example is two answers to one prompt, the outputs (B, 2) are their rewards, the target says which of the
     two was preferred. `classes`: names of the class labels by index; `notes`: what a reader should know of the data
-    (dropped rows, rare labels), a line each; `places`: of rows of a user's file, by id, their lines (or files). None of
-    these three changes a training.
+    (dropped rows, rare labels), a line each; `places`: of rows of a user's file, by id, their lines (or files);
+    `show_text`: whether texts may be written where people read. None of these four changes a training.
     """
 
     name: str
@@ -231,6 +239,7 @@ class Task:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict)
+    show_text: bool = True
 
     @property
     def train(self) -> Examples:

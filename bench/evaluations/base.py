@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -117,6 +117,14 @@ class Evaluation(Protocol):
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         """The metrics that it adds to the record, by name."""
+
+
+@runtime_checkable
+class AsksOfMethod(Protocol):
+    """An evaluation that not every method can be judged by."""
+
+    def require(self, task: Task, method: Method) -> None:
+        """Refuses, before anything is trained, a method that lacks what is asked of it."""
 
 
 def finite(scores: Array) -> tuple[Array, int]:

@@ -10,7 +10,7 @@ from methods.base import Problem
 from methods.curvature.base import Curvature, Fitted, unflat
 from methods.curvature.damping import Damping
 from methods.curvature.products import product_of
-from methods.curvature.root import columns
+from methods.curvature.root import columns, has_columns
 from methods.gradients.per_example import Gradient, flat, plain
 from methods.gradients.source import Source
 
@@ -48,13 +48,15 @@ class Operator:
         return l2 + damping.strengths({"all": trace}, {"all": self.source.size})["all"]
 
     def trace(self) -> float:
-        """tr H: mean Σ_r ‖s_r‖² over examples; of a Hessian by random signs (Hutchinson 1989), an estimate."""
+        """tr H: mean Σ_r ‖s_r‖² over examples; of a Hessian by random signs (Hutchinson 1989), an estimate; of a GGN
+        without columns mean ‖g_i‖² at labels drawn from the model, whose expectation it is, an estimate."""
 
         def made() -> float:
             if self.matrix == "hessian":
                 signs = self.random(PROBES, "trace").sign()
                 return (self.times(signs) * signs).sum().item() / PROBES
-            stream = columns(self.problem, self.source, self.matrix)
+            rooted = has_columns(self.problem, self.source, self.matrix)
+            stream = columns(self.problem, self.source, self.matrix if rooted else "fisher", "trace")
             norms = (flat(plain(c)).double().square().sum().item() for _, found in stream for c in found)
             return sum(norms) / len(self.problem.train)
 

@@ -2,6 +2,8 @@
 
 ggn, empirical   H V = (1/n) Σ_i Σ_r s_ir (s_irᵀ V): the columns of a batch are made once for all vectors, and kept from
                  product to product where all of them fit in KEPT bytes
+ggn              H V = (1/n) Σ_i J_iᵀ (∂²ℓ_i/∂outputs²) J_i V, without columns (Schraudolph 2002, §3): where they are
+                 not kept and an example has more of them than there are vectors; where the objective has no root
 hessian          H V = ∇_θ ⟨∇_θ (1/n) Σ_i ℓ_i, V⟩: one gradient, then one batched backward pass through it
 """
 
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from methods.base import Problem, require_eval
-from methods.curvature.root import columns, rank, require_matrix
+from methods.base import Problem, Unsupported, require_eval
+from methods.curvature.root import columns, has_columns, rank, require_matrix
 from methods.gradients.blocks import from_parameters, to_parameters
-from methods.gradients.per_example import flat, plain
+from methods.gradients.per_example import BATCH, flat, plain
 from methods.gradients.source import Source
 from tasks.errors import UserError
 
@@ -22,6 +24,7 @@ Product = Callable[[Tensor, Tensor | None], Tensor]  # (vectors (R, P), rows or 
 MATRICES = ("hessian", "ggn", "empirical")
 KEPT = 2**30  # bytes of columns that are not made anew for every product
 TOGETHER = 32  # vectors in one batched backward pass
+SPREAD = 2**26  # bytes of what one batched pass has at the model's output
 
 
 def product_of(problem: Problem, source: Source, matrix: str) -> Product:
@@ -33,14 +36,22 @@ def product_of(problem: Problem, source: Source, matrix: str) -> Product:
             hint="take ggn or empirical, or compression none",
         )  # fmt: skip
 
-    kept = None if matrix == "hessian" else _kept(problem, source, matrix)
+    rooted = matrix == "hessian" or has_columns(problem, source, matrix)
+    if not rooted and source.squeeze is not None:
+        raise Unsupported(f"task={problem.task.name} offers products with matrix=ggn, not with compressed gradients")
+    kept = _kept(problem, source, matrix) if rooted and matrix != "hessian" else None
 
     def product(vectors: Tensor, rows: Tensor | None = None) -> Tensor:
         if kept is not None:
             some = kept if rows is None else kept[rows]
             s = some.flatten(0, 1)  # (n · R, P)
             return (vectors @ s.T) @ s / len(some)
-        multiply = _hessian if matrix == "hessian" else _rooted
+        if matrix == "hessian":
+            multiply = _hessian
+        elif not rooted or (source.squeeze is None and rank(problem, source, matrix) > len(vectors)):
+            multiply = _gauss_newton
+        else:
+            multiply = _rooted
         return multiply(problem, source, matrix, rows, vectors) / (len(problem.train) if rows is None else len(rows))
 
     return product
@@ -74,17 +85,11 @@ def _rooted(problem: Problem, source: Source, matrix: str, rows: Tensor | None, 
 def _hessian(problem: Problem, source: Source, matrix: str, rows: Tensor | None, vectors: Tensor) -> Tensor:
     require_eval(source.model)
     examples = problem.train if rows is None else problem.train.select(rows)
-    names = sorted({name for block in source.blocks for name in block.parameters})
-    leaves = {name: source.model.get_parameter(name).detach().requires_grad_() for name in names}
-    parts = vectors.split([b.size for b in source.blocks], 1)
-    tangent: dict[str, Tensor] = {}
-    for block, part in zip(source.blocks, parts, strict=True):
-        tangent |= to_parameters(block, part.reshape(-1, *block.shape))
+    leaves, tangent = _leaves(source), _by_parameter(source, vectors)
     total = torch.zeros_like(vectors)
-    first = leaves[names[0]]
     for index in examples.batches(TOGETHER):
         problem.meter.gradients += len(index) * (1 + len(vectors))
-        batch = examples.batch(index).to(first.device, first.dtype)
+        batch = examples.batch(index).to(vectors.device, vectors.dtype)
         with torch.enable_grad():
             outputs = functional_call(source.model, leaves, (), batch.inputs)
             gradient = torch.autograd.grad(
@@ -92,9 +97,58 @@ def _hessian(problem: Problem, source: Source, matrix: str, rows: Tensor | None,
             )
         for some in torch.arange(len(vectors)).split(TOGETHER):
             second = torch.autograd.grad(
-                gradient, list(leaves.values()), [tangent[name][some] for name in names], retain_graph=True,
+                gradient, list(leaves.values()), [tangent[name][some] for name in leaves], retain_graph=True,
                 is_grads_batched=True, allow_unused=True, materialize_grads=True,
             )  # fmt: skip
-            named = dict(zip(names, second, strict=True))
-            total[some] += torch.cat([from_parameters(b, named).flatten(1) for b in source.blocks], 1)
+            total[some] += _together(source, dict(zip(leaves, second, strict=True)))
     return total
+
+
+def _gauss_newton(problem: Problem, source: Source, matrix: str, rows: Tensor | None, vectors: Tensor) -> Tensor:
+    """J V by two backward passes: Jᵀu is linear in u, and its transpose is J. Any model that stands double
+    differentiation will do."""
+    require_eval(source.model)
+    examples = problem.train if rows is None else problem.train.select(rows)
+    leaves, tangent = _leaves(source), _by_parameter(source, vectors)
+    total = torch.zeros_like(vectors)
+    for index in examples.batches(BATCH):
+        problem.meter.gradients += len(index) * (1 + 2 * len(vectors))
+        batch = examples.batch(index).to(vectors.device, vectors.dtype)
+        with torch.enable_grad():
+            outputs = functional_call(source.model, leaves, (), batch.inputs)
+            u = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        moved = {name: g for name, g in zip(leaves, pulled, strict=True) if g is not None and g.requires_grad}
+        at = outputs.detach()
+        few = max(1, min(TOGETHER, SPREAD // (at.numel() * at.element_size())))
+        for some in torch.arange(len(vectors)).split(few):
+            (pushed,) = torch.autograd.grad(
+                list(moved.values()), u, [tangent[name][some] for name in moved], retain_graph=True,
+                is_grads_batched=True,
+            )  # fmt: skip
+            curved = problem.task.objective.hessian_times(at, batch.targets, pushed)  # (R, B, ...)
+            back = torch.autograd.grad(
+                outputs, list(leaves.values()), curved, retain_graph=True,
+                is_grads_batched=True, allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            total[some] += _together(source, dict(zip(leaves, back, strict=True)))
+    return total
+
+
+def _leaves(source: Source) -> dict[str, Tensor]:
+    """The covered parameters, to be differentiated by."""
+    names = sorted({name for block in source.blocks for name in block.parameters})
+    return {name: source.model.get_parameter(name).detach().requires_grad_() for name in names}
+
+
+def _by_parameter(source: Source, vectors: Tensor) -> dict[str, Tensor]:
+    """Vectors (R, P) over all blocks as {parameter: (R, ...)}."""
+    found: dict[str, Tensor] = {}
+    for block, part in zip(source.blocks, vectors.split([b.size for b in source.blocks], 1), strict=True):
+        found |= to_parameters(block, part.reshape(-1, *block.shape))
+    return found
+
+
+def _together(source: Source, named: dict[str, Tensor]) -> Tensor:
+    """The inverse, (R, P)."""
+    return torch.cat([from_parameters(b, named).flatten(1) for b in source.blocks], 1)

@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from methods.base import Problem
+from methods.base import Problem, Unsupported
 from methods.gradients.per_example import Factors
 from methods.gradients.source import Source
 from tasks.errors import UserError
+from tasks.objectives.language_model import NO_TARGET
 
 ROOTED = ("ggn", "fisher", "empirical")
 
@@ -33,9 +34,12 @@ def columns(
     objective, examples = problem.task.objective, problem.train
     if matrix == "fisher":  # an example's draw stands where its label stood, whichever batch it is in
         uniforms = torch.rand(examples.targets.shape, generator=problem.generator("fisher", use), dtype=torch.float64)
+        if not examples.targets.is_floating_point():
+            uniforms = uniforms.masked_fill(examples.targets == NO_TARGET, torch.nan)
         examples = replace(examples, targets=uniforms)
     examples = examples if rows is None else examples.select(rows)
     if matrix == "ggn":
+        rank(problem, source, matrix)  # whether there is a root
         stream = source.columns(examples)
     elif matrix == "empirical":
         stream = ((index, [found]) for index, found in source.gradients(examples, objective.loss))
@@ -52,7 +56,7 @@ def columns(
 
 
 def rank(problem: Problem, source: Source, matrix: str) -> int:
-    """Columns of one example."""
+    """Columns of one example. Raises `Unsupported` where the objective has no root."""
     if matrix != "ggn":
         return 1
 
@@ -60,6 +64,23 @@ def rank(problem: Problem, source: Source, matrix: str) -> int:
         parameter = next(source.model.parameters())
         one = problem.train.batch([0]).to(parameter.device, parameter.dtype)
         with torch.no_grad():
-            return problem.task.objective.hessian_root(problem.task.outputs(source.model, one)).shape[-1]
+            try:
+                return problem.task.objective.hessian_root(problem.task.outputs(source.model, one)).shape[-1]
+            except NotImplementedError:
+                return 0
 
-    return problem.once(("rank", source.covered), asked)
+    found = problem.once(("rank", source.covered), asked)
+    if not found:
+        raise Unsupported(
+            f"task={problem.task.name} has too many outputs for the columns of matrix=ggn: products with it "
+            "(method=cg) and the matrices fisher and empirical are possible"
+        )
+    return found
+
+
+def has_columns(problem: Problem, source: Source, matrix: str) -> bool:
+    """Whether `columns` of this matrix can be asked for."""
+    try:
+        return rank(problem, source, matrix) > 0
+    except Unsupported:
+        return False

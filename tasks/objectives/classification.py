@@ -45,9 +45,16 @@ class Classification:
         root = vectors * values.clamp_min(0).sqrt()[..., None, :]
         return root[..., 1:].to(outputs.dtype)  # eigh sorts upwards: column 0 is the null vector
 
+    def hessian_times(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+        p = outputs.softmax(-1)
+        return p * (u - (p * u).sum(-1, keepdim=True))
+
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         below = outputs.double().softmax(-1).cumsum(-1) <= uniforms[..., None]
         return below.sum(-1).clamp(max=outputs.shape[-1] - 1)  # the last sum may round to less than 1
 
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.argmax(-1) == targets
+
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        return {"accuracy": (outputs.argmax(-1) == targets).double().mean().item()}
+        return {"accuracy": self.correct(outputs, targets).double().mean().item()}

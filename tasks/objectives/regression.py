@@ -35,9 +35,15 @@ class Regression:
     def hessian_root(self, outputs: Tensor) -> Tensor:
         return torch.ones_like(outputs)[..., None]
 
+    def hessian_times(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+        return u
+
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         edge = torch.finfo(uniforms.dtype).eps  # 0 and 1 are infinitely far
         return outputs[..., 0] + torch.special.ndtri(uniforms.clamp(edge, 1 - edge))
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError("a real number is near or far, not right or wrong")
 
     def fitness(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """r2 = 1 − SSE/SST, undefined (NaN or −∞) where the targets are all one; rmse in units of the targets."""

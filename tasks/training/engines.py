@@ -27,7 +27,7 @@ from tasks.training.vectorised import bytes_of_a_model, measure_stack, stackable
 
 ENGINES = ("vectorised", "processes", "ray")
 SMALL = 50_000  # parameters up to which a stack of models is faster than one after the other
-STACK = {"sgd": 50, "adamw": 50, "lbfgs": 500}  # models in one batch: enough to hide Python, few enough for the cache
+STACK = {"sgd": 50, "adam": 50, "adamw": 50, "lbfgs": 500}  # in one batch: Python is hidden, the cache holds it
 MEASURED = ("val", "query")
 RETRIES = 3  # of a unit whose Ray node died
 

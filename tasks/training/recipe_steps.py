@@ -60,6 +60,10 @@ def optimizer(recipe: Recipe, parameters: Iterable[Tensor]) -> torch.optim.Optim
         return torch.optim.SGD(
             parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
         )
+    if recipe.optimizer == "adam":  # its weight decay is γθ added to the gradient: the L2 term of the objective
+        return torch.optim.Adam(
+            parameters, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+        )
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True

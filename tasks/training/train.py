@@ -99,3 +99,13 @@ def load(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
         for name, value in parameters.items():
             own[name].copy_(value)
     return model.eval()
+
+
+def without_frozen(model: nn.Module) -> nn.Module:
+    """The model whose frozen parameters, which no training moves, are buffers: what is left are the trained ones."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not p.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, p.detach())
+    return model

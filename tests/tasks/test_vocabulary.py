@@ -156,7 +156,7 @@ def test_named_seeds_are_distinct_positive_and_the_same_everywhere() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("optimizer", "adam"),
+        ("optimizer", "rmsprop"),
         ("decay", "none"),
         ("schedule", "step"),
         ("epochs", -1),

@@ -1,0 +1,68 @@
+"""Gold models: trained again without the forget set, and cached with the explained models, shared by all unlearners."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.evaluations.base import Unfit
+from bench.evaluations.unlearning.base import Parameters
+from tasks.base import Task, Trajectory
+from tasks.training.explained import explained
+from tasks.training.train import load
+
+PAIRED = (1, 2)  # the explained initialisation, orders of their own
+NEW = 3  # a new initialisation too
+
+
+@dataclass(frozen=True)
+class Golds:
+    """`paired`: the reference. `new`: with another initialisation, for the floor alone."""
+
+    paired: tuple[Trajectory, ...]
+    new: Trajectory
+
+
+def without(task: Task, rows: tuple[int, ...]) -> Task:
+    """The task on R alone."""
+    out = set(rows)
+    kept = [i for i in range(len(task.train)) if i not in out]
+    return replace(task, splits={**task.splits, "train": task.train.select(kept)})
+
+
+def from_start(task: Task, start: Parameters) -> Task:
+    """The same, every training of which begins at these weights."""
+    build = partial(_started, task.build, start)
+    return replace(task, build=build, identity={**task.identity, "start": fingerprint(start)})
+
+
+def _started(build: Callable[[], nn.Module], start: Parameters) -> nn.Module:
+    return load(build(), start)
+
+
+def fingerprint(parameters: Parameters) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def retrained(task: Task, rows: tuple[int, ...], first: Trajectory, seed: int, models: Path) -> Golds:
+    """The golds of one forget set and one explained run; trained now or read from `models`."""
+    public = without(task.public(), rows)
+    paired = from_start(public, first.initial)
+    golds = Golds(tuple(explained(paired, seed, k, models) for k in PAIRED), explained(public, seed, NEW, models))
+    for gold in (*golds.paired, golds.new):
+        if not all(torch.isfinite(p).all() for p in gold.final.values()):
+            raise Unfit(f"a training without the forget set diverged (loss {gold.final_loss})")
+    return golds
+
+
+def control(task: Task, rows: tuple[int, ...], first: Trajectory, seed: int, models: Path) -> Trajectory:
+    """One paired training without these rows, to compare another forget set with."""
+    return explained(from_start(without(task.public(), rows), first.initial), seed, PAIRED[0], models)

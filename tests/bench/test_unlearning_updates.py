@@ -1,0 +1,398 @@
+"""Iterative unlearners: their losses against formulas, and what every one of them must keep."""
+
+from dataclasses import MISSING, fields, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from unlearning_cases import FORGET, IGNORED, VOCABULARY, context, flat, gradient_of
+
+from bench.config import check, check_signature, choices, compose, conf_dir, run_key
+from bench.evaluations.unlearning import scrub, soul
+from bench.evaluations.unlearning.ascent import FineTune, GradDiff, GradientAscent
+from bench.evaluations.unlearning.base import Context, Parameters, Unlearned, Unlearner, cycle, kept_steps
+from bench.evaluations.unlearning.descend import Draw, FirstOrder, Objective
+from bench.evaluations.unlearning.dmm import Matching
+from bench.evaluations.unlearning.iterated_newton import loss_of
+from bench.evaluations.unlearning.measure import divergence, losses, measured
+from bench.evaluations.unlearning.npo import NPO, SimNPO, npo_loss, simnpo_loss
+from bench.evaluations.unlearning.salun import SalUn, wrong_labels
+from bench.evaluations.unlearning.tuning import best_of, points
+from methods.base import Method, Problem
+from methods.curvature.cg import ConjugateGradients
+from methods.curvature.damping import Damping
+from methods.influence import Influence
+from tasks.base import Examples
+from tasks.errors import UserError
+
+STEPS: dict[str, Any] = {"name": "x", "grid": {}, "steps": 4, "lr": 1e-2, "batch": 4, "weight_decay": 0.0}
+METHOD = Influence(ConjugateGradients("ggn", 1e-3, 10), Damping("absolute", 0.1, "global"))
+UPDATES = [name for name in choices("unlearner") if name not in ("none", "retrain")]
+
+
+@cache
+def written(name: str) -> DictConfig:
+    """Its YAML, with the mask that it brings along."""
+    config = OmegaConf.load(conf_dir() / "unlearner" / f"{name}.yaml")
+    assert isinstance(config, DictConfig)
+    for group in config.pop("defaults", []):
+        if group != "_self_":
+            config.mask = OmegaConf.load(conf_dir() / "mask" / f"{group['/mask@mask']}.yaml")
+    return config
+
+
+def made(name: str) -> Unlearner:
+    """As its YAML makes it."""
+    found: Unlearner = instantiate(written(name), _convert_="all")
+    return found
+
+
+def few(name: str) -> Unlearner:
+    """Its YAML, with steps that a test has time for."""
+    one = made(name)
+    changes = {"steps": 6, "batch": 4, "lr": 0.01, "sample": 8, "radius": 0.1}
+    return replace(one, **{key: value for key, value in changes.items() if key in {f.name for f in fields(one)}})
+
+
+def whole(at: Context, step: int = 1) -> Draw:
+    index = torch.arange(len(at.forget)), torch.arange(len(at.retain))
+    return Draw(step, at.forget.batch(), at.retain.batch(), *index)
+
+
+def elsewhere(at: Context) -> Parameters:
+    """Near θ0, where no term is at a special value."""
+    rng = torch.Generator().manual_seed(3)
+    return {n: p + 0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in at.start.items()}
+
+
+def gradient(at: Context, objective: Objective, parameters: Parameters) -> Tensor:
+    model = at.network(parameters)
+    return gradient_of(objective(model, whole(at)), model)
+
+
+# What each must keep
+
+
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+def test_each_moves_and_forgets_the_same_whatever_torch_draws(name: str, task: str) -> None:
+    at = context(task, METHOD)
+    one, ends = few(name), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        done = one.unlearn(at)
+        ends.append(flat(done.final))
+    assert torch.equal(*ends)
+    assert done.path[0] == (0, at.start) and len(done.path) >= 3
+    assert [step for step, _ in done.path] == sorted({step for step, _ in done.path})
+    assert (ends[0] - flat(at.start)).abs().max() > 1e-6
+    assert loss_of(at, done.final, at.forget) != loss_of(at, at.start, at.forget)
+    if name not in ("random_direction", "finetune", "salun", "scrub", "dmm"):
+        assert loss_of(at, done.final, at.forget) > loss_of(at, at.start, at.forget)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_masked_out_weights_are_bit_identical_under_weight_decay_too(name: str) -> None:
+    free = context("classifier", METHOD)
+    rng = torch.Generator().manual_seed(0)
+    mask = {n: torch.rand(p.shape, generator=rng) < 0.3 for n, p in free.start.items()}
+    one = few(name)
+    if hasattr(one, "weight_decay"):
+        one = replace(one, weight_decay=0.5)
+    for _, parameters in one.unlearn(replace(free, mask=mask)).path:
+        for n, value in parameters.items():
+            assert torch.equal(value[~mask[n]], free.start[n][~mask[n]])
+    moved = one.unlearn(replace(free, mask=mask)).final
+    assert any((moved[n] != free.start[n])[mask[n]].any() for n in mask)
+
+
+def test_weight_decay_alone_would_move_what_is_masked() -> None:
+    """The test above can fail: decay moves even a weight without gradient."""
+    at = context("speaker")
+    done = GradDiff(**{**STEPS, "weight_decay": 0.5}, forget_weight=1.0, retain_weight=1.0).unlearn(at)
+    unused = at.start["table.weight"][VOCABULARY - 1]
+    assert not torch.equal(done.final["table.weight"][VOCABULARY - 1], unused)
+
+
+@pytest.mark.parametrize("name", choices("unlearner"))
+def test_values_live_in_yaml_alone(name: str) -> None:
+    node = OmegaConf.to_container(written(name), resolve=True)
+    assert isinstance(node, dict)
+    check_signature({str(key): value for key, value in node.items()}, "unlearner")
+    one = made(name)
+    assert one.name == name and all(f.default is MISSING and f.default_factory is MISSING for f in fields(one))
+
+
+def test_what_is_chosen_at_the_root_reaches_the_evaluation_and_the_run() -> None:
+    config = compose(["task=unlearning", "unlearner=salun", "unlearner.lr=0.5", "mask=wagle", "forget=topk"])
+    check(config)
+    asked = run_key(config)
+    assert not {"unlearner", "forget", "mask"} & set(asked), "runs of other tasks keep their names"
+    found = asked["truth"]["unlearning"]
+    assert found["unlearner"]["lr"] == 0.5 and found["unlearner"]["mask"]["name"] == "salun"
+    assert (found["mask"]["name"], found["forget"]["name"]) == ("wagle", "topk")
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_point_of_a_grid_is_a_setting_of_equal_price(name: str) -> None:
+    one = made(name)
+    assert len(points(one.grid)) == 3
+    for point in points(one.grid):
+        changed = replace(one, **point)
+        assert getattr(changed, "steps", 0) == getattr(one, "steps", 0)
+
+
+def test_an_error_inside_a_loss_is_an_error() -> None:
+    calls = []
+
+    class Broken(FirstOrder):
+        def prepared(self, context: Context) -> Objective:
+            def objective(model: nn.Module, draw: Draw) -> Tensor:
+                calls.append(draw.step)
+                raise RuntimeError("no loss")
+
+            return objective
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        Broken(**STEPS).unlearn(context())
+    assert calls == [1]
+
+
+def test_gradients_are_counted_by_the_sets_that_are_read() -> None:
+    at = context()
+    assert GradientAscent(**STEPS).unlearn(at).gradients == 16
+    assert FineTune(**STEPS).unlearn(at).gradients == 4 + 4 + 4 + 4
+    assert GradDiff(**STEPS, forget_weight=1.0, retain_weight=1.0).unlearn(at).gradients == 32
+
+
+def test_batches_visit_every_row_once_a_pass() -> None:
+    rows = cycle(7, 3, torch.Generator().manual_seed(0))
+    passes = [torch.cat([next(rows) for _ in range(3)]).tolist() for _ in range(2)]
+    assert [sorted(p) for p in passes] == [list(range(7))] * 2 and passes[0] != passes[1]
+    assert kept_steps(60) == {12, 24, 36, 48, 60} and kept_steps(3) == {1, 2, 3}
+
+
+# Losses
+
+
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+def test_gradient_difference_is_the_difference(task: str) -> None:
+    at = context(task)
+    there = elsewhere(at)
+    parts = [gradient(at, kind(**STEPS).prepared(at), there) for kind in (GradientAscent, FineTune)]
+    found = gradient(at, GradDiff(**STEPS, forget_weight=0.7, retain_weight=2.0).prepared(at), there)
+    assert torch.allclose(found, 0.7 * parts[0] + 2 * parts[1])
+
+
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_npo_is_ascent_with_each_sequence_weighed(task: str, beta: float) -> None:
+    """W = 2 / (1 + exp(β (NLL − NLL_ref))), NLL summed over the sequence: another reduction gives another W."""
+    at = context(task)
+    there, n = elsewhere(at), len(FORGET)
+    nll, before = (losses(at.task, at.network(p), at.forget) for p in (there, at.start))
+    w = 2 / (1 + torch.exp(beta * (nll - before)))
+    model, expected = at.network(there), torch.zeros_like(flat(at.start))
+    for i in range(n):
+        expected -= w[i] * gradient_of(at.task.loss(model, at.forget.batch([i])).sum(), model) / n
+    found = gradient(at, NPO(**STEPS, beta=beta, retain_weight=0.0).prepared(at), there)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert (w - 1).abs().max() > 1e-3, "at the reference nothing could be told"
+
+
+def test_npo_at_the_reference_or_with_small_beta_is_gradient_difference() -> None:
+    at = context("speaker")
+    diff = GradDiff(**STEPS, forget_weight=1.0, retain_weight=0.5).prepared(at)
+    at_reference = NPO(**STEPS, beta=3.0, retain_weight=0.5).prepared(at)
+    assert torch.allclose(gradient(at, at_reference, at.start), gradient(at, diff, at.start))
+    there, small = elsewhere(at), NPO(**STEPS, beta=1e-7, retain_weight=0.5).prepared(at)
+    assert torch.allclose(gradient(at, small, there), gradient(at, diff, there), rtol=1e-5, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 20, allow_subnormal=False), min_size=1, max_size=5),
+    st.floats(0.05, 5, allow_subnormal=False),
+)
+def test_preference_losses_are_their_formulas(values: list[float], beta: float) -> None:
+    nll = torch.tensor(values, dtype=torch.float64)
+    lengths = torch.arange(1, len(values) + 1)
+    expected = 2 / beta * torch.log1p(torch.exp(-beta * (nll - 1))).mean()
+    assert torch.allclose(npo_loss(nll, torch.ones_like(nll), beta), expected)
+    expected = 2 / beta * torch.log1p(torch.exp(-beta * nll / lengths + 0.3)).mean()
+    assert torch.allclose(simnpo_loss(nll, lengths, beta, 0.3), expected)
+
+
+def test_simnpo_divides_by_scored_tokens() -> None:
+    at = context("speaker")
+    one = SimNPO(**STEPS, beta=2.0, delta=0.1, forget_weight=0.5, retain_weight=0.0)
+    there = elsewhere(at)
+    nll = losses(at.task, at.network(there), at.forget)
+    lengths = (at.forget.targets != IGNORED).sum(1)
+    value = one.prepared(at)(at.network(there), whole(at))
+    assert lengths.unique().numel() > 1
+    assert torch.allclose(value.detach(), 0.5 * simnpo_loss(nll, lengths, 2.0, 0.1))
+
+
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+def test_the_divergence_from_the_teacher_is_nothing_at_the_teacher(task: str) -> None:
+    """A cross-entropy that goes by its name would be H(p) > 0 there."""
+    at = context(task)
+    teacher, student = at.network(at.start), at.network(at.start)
+    value = scrub.distilled(at.task, teacher, student, at.forget.batch(), 2.0)
+    assert abs(float(value.detach())) < 1e-12 and gradient_of(value, student).abs().max() < 1e-12
+    other = at.network(elsewhere(at))
+    value = scrub.distilled(at.task, teacher, other, at.forget.batch(), 1.0)
+    ours, theirs = (measured(at.task, m, at.forget).logp for m in (teacher, other))
+    assert (
+        torch.allclose(value.detach(), (ours.exp() * (ours - theirs)).sum(-1).mean()) and float(value.detach()) > 1e-3
+    )
+    assert not torch.allclose(divergence(ours, theirs).mean(), divergence(theirs, ours).mean())
+
+
+def test_scrub_moves_the_student_and_not_the_teacher() -> None:
+    at = context()
+    before = flat(at.start).clone()
+    one = few("scrub")
+    assert isinstance(one, scrub.SCRUB)
+    objective = one.prepared(at)
+    there = at.network(elsewhere(at))
+    up, down = (gradient_of(objective(there, whole(at, step)), there) for step in (2, 1))
+    teacher = at.network(at.start)
+    kl = gradient_of(scrub.distilled(at.task, teacher, there, at.forget.batch(), one.temperature), there)
+    assert torch.allclose(up, -kl) and not torch.allclose(down, -kl)
+    done = one.unlearn(at)
+    assert (flat(done.final) - before).abs().max() > 1e-3 and torch.equal(flat(at.start), before)
+
+
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+def test_wrong_labels_are_wrong_and_fixed(task: str) -> None:
+    at = context(task)
+    targets = at.task.train.targets
+    classes = 3 if task == "classifier" else VOCABULARY
+    drawn = wrong_labels(targets, classes, torch.Generator().manual_seed(0))
+    scored = targets != IGNORED
+    assert (drawn[scored] != targets[scored]).all() and (drawn[~scored] == IGNORED).all()
+    assert drawn[scored].min() >= 0 and drawn[scored].max() < classes
+    assert len(drawn[scored].unique()) == classes
+    one = few("salun")
+    assert isinstance(one, SalUn)
+    first, second = (one.prepared(at)(at.network(at.start), whole(at)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# Sophia
+
+
+def test_momentum_and_curvature_are_applied_once() -> None:
+    one = torch.ones(3, dtype=torch.float64)
+    assert torch.allclose(soul.with_gradient(torch.zeros(3).double(), one, 0.9), 0.1 * one)
+    assert torch.allclose(soul.with_gradient(one, one, 0.9), one)
+    assert torch.allclose(soul.with_curvature(one, 2 * one, 0.95, 10), 0.95 * one + 0.05 * 10 * 4 * one)
+    step, cut = soul.step_of(torch.tensor([3.0, -3.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0]), 2.0)
+    assert step.tolist() == [1, -1, 0.25, 0] and cut.tolist() == [True, True, False, False]
+
+
+def moments_of(monkeypatch: pytest.MonkeyPatch, at: Context, **changes: Any) -> tuple[list[soul.Moments], Unlearned]:
+    """What a run of it held at each step."""
+    seen: list[soul.Moments] = []
+    move = soul.SOUL._move
+
+    def watched(self: soul.SOUL, named: Any, moments: soul.Moments, gamma: float) -> float:
+        seen.append(soul.Moments(dict(moments.m), dict(moments.h)))
+        return move(self, named, moments, gamma)
+
+    monkeypatch.setattr(soul.SOUL, "_move", watched)
+    kind = {"forget_weight": 1.0, "retain_weight": 1.0, "betas": [0.9, 0.95], "every": 3, "clipped": 0.5}
+    return seen, soul.SOUL(**{**STEPS, "batch": 100, "lr": 1e-4, **kind, **changes}).unlearn(at)
+
+
+def test_a_run_of_soul_starts_with_a_tenth_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = context()
+    seen, done = moments_of(monkeypatch, at)
+    expected = gradient(at, GradDiff(**STEPS, forget_weight=1.0, retain_weight=1.0).prepared(at), at.start)
+    assert torch.allclose(flat(seen[0].m), 0.1 * expected)
+    assert flat(seen[0].h).min() >= 0 and flat(seen[0].h).max() > 0
+    assert torch.equal(flat(seen[0].h), flat(seen[2].h)) and not torch.equal(flat(seen[2].h), flat(seen[3].h))
+    assert 0.4 <= done.notes["clipped"] <= 0.6 and done.notes["gamma"] > 0
+
+
+def test_curvature_has_labels_of_the_models_own() -> None:
+    """With a model that is sure of a wrong class, data labels would give a large gradient, its own labels none."""
+    at = context()
+    sure = {name: torch.zeros_like(p) for name, p in at.start.items()}
+    last = next(name for name in reversed(list(at.start)) if name.endswith("bias"))
+    sure[last] = torch.tensor([0.0, 40.0, 0.0], dtype=torch.float64)
+    model, rng = at.network(sure), torch.Generator().manual_seed(0)
+    assert (soul.sampled_labels(at.task, model, at.retain.batch(), rng).targets == 1).all()
+    speaker = context("speaker")
+    batch = speaker.retain.batch()
+    drawn = soul.sampled_labels(speaker.task, speaker.network(speaker.start), batch, rng).targets
+    width = drawn.shape[1]
+    assert ((drawn == IGNORED) == (batch.targets[:, :width] == IGNORED)).all()
+    assert not torch.equal(drawn, batch.targets[:, :width])
+
+
+# Matching
+
+
+class Told(Method):
+    """score(q, i) by the rows' places, so that the sum over F can be known."""
+
+    calibrated = True
+
+    def attribute(self, problem: Problem, queries: Examples) -> Tensor:
+        place = {name: k for k, name in enumerate(problem.train.ids)}
+        rows = torch.tensor([float(place[i]) for i in queries.ids], dtype=torch.float64)
+        return rows[:, None] + 0.01 * torch.arange(len(problem.train), dtype=torch.float64)
+
+
+def matching(predicted: str, **changes: Any) -> Matching:
+    return Matching(**{**STEPS, "sample": 10, "predicted": predicted, **changes})
+
+
+def test_matched_outputs_are_those_that_the_scores_predict() -> None:
+    at = context("classifier", Told())
+    now = measured(at.task, at.network(at.start), at.forget).margin
+    change = len(FORGET) * torch.tensor([float(i) for i in FORGET]) + 0.01 * sum(FORGET)
+    assert torch.allclose(matching("attribution").targets(at, at.forget, "forget"), now - change)
+    assert torch.allclose(matching("nothing").targets(at, at.forget, "forget"), now)
+    now, there = (matching(kind).targets(at, at.retain, "retain") for kind in ("nothing", "attribution"))
+    shuffled = now - matching("shuffled").targets(at, at.retain, "retain")
+    assert torch.allclose(shuffled.sort().values, (now - there).sort().values)
+    assert not torch.allclose(shuffled, now - there)
+
+
+def test_the_oracle_is_matched_and_nothing_stays() -> None:
+    gold = elsewhere(context())
+    at = context("classifier", Method(), retrained=lambda: gold)
+    wanted = measured(at.task, at.network(gold), at.forget).margin
+
+    def off(parameters: Parameters) -> float:
+        return float((measured(at.task, at.network(parameters), at.forget).margin - wanted).square().mean())
+
+    done = matching("oracle", steps=150, lr=3e-3, sample=26, batch=30).unlearn(at)
+    assert off(done.final) < 0.05 * off(at.start)
+    kept = matching("nothing", batch=30, sample=26).unlearn(at).final
+    assert abs(loss_of(at, kept, at.forget) - loss_of(at, at.start, at.forget)) < 1e-2
+    assert matching("oracle").uses is None and matching("attribution").uses == "attribute"
+    with pytest.raises(UserError, match=r"unlearner\.predicted=orakel"):
+        matching("orakel")
+
+
+# Tuning
+
+
+def test_tuning_takes_the_best_by_its_own_criterion_and_asks_for_no_gold() -> None:
+    at = context("classifier", retrained=lambda: pytest.fail("a gold was asked for"))
+    one = GradientAscent(**{**STEPS, "grid": {"lr": [0.1, 1e-3, 1e-2]}})
+    start = flat(at.start)
+    chosen, done, note = best_of(one, at, lambda p: -float((flat(p) - start).norm()))
+    assert chosen == replace(one, lr=1e-3) and note["chosen"] == {"lr": 1e-3} and len(note["tried"]) == 3
+    assert torch.equal(flat(done.final), flat(chosen.unlearn(at).final))
