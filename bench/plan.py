@@ -23,10 +23,10 @@ def planned_work(
 ) -> str:
     """A few lines, `asked` trainings being the method's own. Seconds come from one timed step on this machine; rows
     that the store holds are not counted."""
-    parameters = sum(p.numel() for p in task.initial(0).parameters())
+    parameters = sum(p.numel() for p in task.initial(0).parameters() if p.requires_grad)
     step = _seconds_of_a_step(task)
     steps = steps_of(task.recipe, len(task.train))
-    kept = 1 + task.recipe.checkpoints * (3 if task.recipe.optimizer == "adamw" else 1)  # Adam's moments
+    kept = 1 + task.recipe.checkpoints * (3 if task.recipe.optimizer in ("adam", "adamw") else 1)  # Adam's moments
     size = parameters * task.dtype.itemsize * kept / 2**20
     lines = [
         f"task={task.name} data={task.source} n_train={len(task.train)} model={task.model} ({parameters:,} parameters)",

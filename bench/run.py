@@ -37,7 +37,7 @@ from tasks.training.engines import Executor
 from tasks.training.explained import explained
 from tasks.training.retrain import VERSION as TRAINING_VERSION
 from tasks.training.retrain import retrain
-from tasks.training.train import load
+from tasks.training.train import load, without_frozen
 
 VERSION = 1  # of what attribution and judging mean; enters every run id
 
@@ -501,7 +501,7 @@ def coverage_of(task: Task, method: Method) -> dict[str, object] | None:
     """Which blocks a method that works by blocks covers; patterns that match none are refused here."""
     if not hasattr(method, "modules"):
         return None
-    model = task.initial(0)
+    model = without_frozen(task.initial(0))
     return coverage(model, blocks_of(model, method.modules))
 
 
