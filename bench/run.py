@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from bench import config as configuration
 from bench import records, suspects
@@ -31,7 +33,7 @@ from bench.statistics import bootstrap_queries
 from methods.base import Fits, Method, Problem, Unsupported
 from methods.gradients.blocks import blocks_of, coverage
 from methods.gradients.sharding import first, summed
-from tasks.base import Task, Trajectory, digest
+from tasks.base import Examples, Task, Trajectory, digest
 from tasks.errors import UserError
 from tasks.training.engines import Executor
 from tasks.training.explained import explained
@@ -469,25 +471,30 @@ def fitness(task: Task, trajectory: Trajectory) -> dict[str, Any]:
     """How good the explained model is on the test split, and how many of the planted flips it has learned by heart."""
     model = load(task.initial(trajectory.seed), trajectory.final)
     facts: dict[str, Any] = {}
-    with torch.no_grad():
-        outputs = {
-            split: torch.cat([task.outputs(model, examples.batch(index)) for index in examples.batches(256)])[
-                torch.argsort(torch.cat(examples.batches(256)))
-            ]
-            for split, examples in task.splits.items()
-            if split in ("test", "train")
-        }
-    for name, number in task.objective.fitness(outputs["test"], task.splits["test"].targets).items():
-        facts[f"test_{name}"] = number
-    for name, number in task.objective.fitness(outputs["train"], task.train.targets).items():
-        facts[f"train_{name}"] = number
+    for split in ("test", "train"):
+        facts |= {f"{split}_{name}": number for name, number in how_good(task, model, task.splits[split]).items()}
     if task.annotations is not None and task.annotations.flipped:
         rows = [k for k, i in enumerate(task.train.ids) if i in task.annotations.flipped]
-        said = task.objective.fitness(outputs["train"][rows], task.train.targets[rows])
-        facts["flips_memorised"] = said["accuracy"]
+        facts["flips_memorised"] = how_good(task, model, task.train.select(rows))["accuracy"]
     facts["floor"] = dict(task.floor)
     facts["fit"] = all(facts[f"test_{name}"] >= floor for name, floor in task.floor.items())
     return facts
+
+
+@torch.no_grad()
+def how_good(task: Task, model: nn.Module, examples: Examples) -> dict[str, float]:
+    """The objective's figures. Those of texts that are continued are means over examples, batch by batch: their outputs
+    are of different widths, and large."""
+    if examples.targets.ndim == 1:
+        batches = examples.batches(256)
+        outputs = torch.cat([task.outputs(model, examples.batch(index)) for index in batches])
+        return task.objective.fitness(outputs[torch.argsort(torch.cat(batches))], examples.targets)
+    total: dict[str, float] = defaultdict(float)
+    for index in examples.batches(64):
+        batch = examples.batch(index)
+        for name, number in task.objective.fitness(task.outputs(model, batch), batch.targets).items():
+            total[name] += number * len(index) / len(examples)
+    return dict(total)
 
 
 def unfit_reason(task: Task, facts: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from bench.statistics import Array
 from methods.base import Method, Problem
@@ -13,6 +14,7 @@ from tasks.base import Examples, Task, Trajectory
 from tasks.training.train import load
 
 SHOWN = 5  # proponents, and opponents, of a query
+ANSWER = "its answer"  # the label of a text that is continued
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Said:
 
 def said(task: Task, trajectory: Trajectory, examples: Examples) -> Said:
     model = load(task.initial(trajectory.seed), trajectory.final)
+    if examples.targets.ndim > 1:
+        return said_of_answers(task, model, examples)
     with torch.no_grad():
         index = examples.batches(256)
         outputs = torch.cat([task.outputs(model, examples.batch(i)) for i in index])[torch.argsort(torch.cat(index))]
@@ -37,8 +41,22 @@ def said(task: Task, trajectory: Trajectory, examples: Examples) -> Said:
     return Said(tuple(named(task, outputs.argmax(-1))), probability=own.numpy())
 
 
+def said_of_answers(task: Task, model: nn.Module, examples: Examples) -> Said:
+    """Of answers of several tokens: whether each token is the most probable one, and how probable all are together."""
+    right, probability = torch.zeros(len(examples), dtype=torch.bool), torch.zeros(len(examples), dtype=torch.float64)
+    with torch.no_grad():
+        for index in examples.batches(256):
+            batch = examples.batch(index)
+            outputs = task.outputs(model, batch)
+            right[index] = task.objective.correct(outputs, batch.targets)
+            probability[index] = (-task.objective.loss(outputs, batch.targets)).double().exp()
+    return Said(tuple(ANSWER if yes else "another" for yes in right.tolist()), probability=probability.numpy())
+
+
 def named(task: Task, targets: torch.Tensor) -> list[str]:
     """Targets as the user wrote them: names of classes where the task has them."""
+    if targets.ndim > 1:
+        return [ANSWER] * len(targets)
     if targets.is_floating_point():
         return [f"{y:.4g}" for y in targets.tolist()]
     return [task.classes[y] if task.classes else str(y) for y in targets.tolist()]

@@ -72,6 +72,6 @@ class TracIn(Method):
             yield checkpoint.path, source, scales
 
     def unmet(self, task: Task) -> str | None:
-        if self.preconditioner == "adam" and task.recipe.optimizer != "adamw":
+        if self.preconditioner == "adam" and task.recipe.optimizer not in ("adam", "adamw"):
             return f"needs Adam's state, which model={task.model} (trained by {task.recipe.optimizer}) does not have"
         return super().unmet(task)

@@ -1,6 +1,6 @@
 """Training as a function of the examples' weights: the steps of `train` once more, differentiable.
 
-A state is (θ, the optimizer's own tensors): of SGD with momentum its buffer, of AdamW its two running means. `step` is
+A state is (θ, the optimizer's own tensors): of SGD with momentum its buffer, of Adam its two running means. `step` is
 smooth in state and weights wherever the model is; what `train` does in place is done here by torch.func.
 """
 
@@ -41,8 +41,10 @@ class Replay:
                 scale = (recipe.clip / (norm + 1e-6)).clamp(max=1.0)
                 g = {name: part * scale for name, part in g.items()}
             if recipe.optimizer == "adamw":
-                return self._adamw(state, g, t + 1, rate)
+                return self._adam(state, g, t + 1, rate, recipe.weight_decay)
             g = {name: part + recipe.weight_decay * theta[name] for name, part in g.items()}
+            if recipe.optimizer == "adam":
+                return self._adam(state, g, t + 1, rate, 0.0)
             if recipe.momentum == 0:
                 return ({name: p - rate * g[name] for name, p in theta.items()},)
             moving = {name: recipe.momentum * state[1][name] + part for name, part in g.items()}
@@ -54,8 +56,9 @@ class Replay:
         outputs = functional_call(self.model, theta, (), batch.inputs)
         return self.task.objective.loss(outputs, batch.targets)
 
-    def _adamw(self, state: State, g: Parameters, count: int, rate: float) -> State:
-        """θ ← (1 − ηγ)θ − η m̂/(√v̂ + ε). Where v is 0, so is m, and nothing moves: √ has no derivative there."""
+    def _adam(self, state: State, g: Parameters, count: int, rate: float, decay: float) -> State:
+        """θ ← (1 − ηγ)θ − η m̂/(√v̂ + ε), γ = `decay`. Where v is 0, so is m, and nothing moves: √ has no
+        derivative there."""
         recipe = self.task.recipe
         (b1, b2), theta = recipe.betas, state[0]
         first = {name: b1 * state[1][name] + (1 - b1) * part for name, part in g.items()}
@@ -65,7 +68,7 @@ class Replay:
             seen = second[name] > 0
             root = torch.where(seen, second[name], 1.0).sqrt() / (1 - b2**count) ** 0.5
             move = torch.where(seen, first[name] / (root + recipe.eps), 0.0)
-            moved[name] = p * (1 - rate * recipe.weight_decay) - rate / (1 - b1**count) * move
+            moved[name] = p * (1 - rate * decay) - rate / (1 - b1**count) * move
         return moved, first, second
 
     def states(self, state: State, begin: int, end: int) -> Iterator[State]:
@@ -83,7 +86,7 @@ def replay(task: Task, seed: int) -> Replay:
     if task.recipe.optimizer == "lbfgs" or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         raise ValueError("what is solved to its optimum, or draws dropout, is not replayed step by step")
     theta = trainable(model)
-    tensors = {"adamw": 2, "sgd": 1 if task.recipe.momentum > 0 else 0}[task.recipe.optimizer]
+    tensors = {"adam": 2, "adamw": 2, "sgd": 1 if task.recipe.momentum > 0 else 0}[task.recipe.optimizer]
     zeros = ({name: torch.zeros_like(p) for name, p in theta.items()} for _ in range(tensors))
     steps = batch_order(torch.arange(len(task.train)), task.train.lengths, task.recipe, seed)
     rates = learning_rates(task.recipe, len(steps))

@@ -16,6 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9, "weight_decay": 0.01, "schedule": "linear", "warmup": 0.2},
     "clipped": {"clip": 0.05, "momentum": 0.5},
     "adam": ADAM,
+    "adam with L2": {"optimizer": "adam", "lr": 0.02, "weight_decay": 0.1, "decay": "l2"},
     "adam, clipped": {**ADAM, "clip": 0.1, "schedule": "cosine"},
 }
 
