@@ -44,6 +44,7 @@ LAST = ("base_rate",)
 DETECTION = ("detection_auc", "value_auc", "attribution_auc")
 MAIN = ("lds", "less_auc", *DETECTION, "loo_spearman", "loo_pearson", "tow")
 SEED_SPREAD_FROM = 3
+UNTOLD = ("_target_", "data", "n_train", "floor", "show_text")  # of a task: said already, or nothing to the numbers
 LEVEL = 0.05
 
 Stored = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]  # a record and its replicates
@@ -140,7 +141,10 @@ def tables(stored: Iterable[Stored]) -> list[Table]:
     heads = [group[0][0] for group in groups.values()]
     configs = [head["config"].get("model") or {} for head in heads]
     models = _distinct([head["model"] for head in heads], configs, [place for place, _ in groups])
-    built = [_table(key, group, model) for (key, group), model in zip(groups.items(), models, strict=True)]
+    alike = [records.canonical([head["task"], head["data"]["source"], head["model"]]) for head in heads]
+    planted = [{k: v for k, v in (head["config"].get("task") or {}).items() if k not in UNTOLD} for head in heads]
+    settings = _distinct([""] * len(heads), planted, alike, form="{keys}")
+    built = [_table(*named) for named in zip(groups.items(), models, settings, strict=True)]
     return sorted(built, key=lambda table: table.name)
 
 
@@ -149,7 +153,9 @@ def _age(record: Mapping[str, Any]) -> tuple[bool, str, str]:
     return bool(record["metrics"]), str(record["provenance"].get("started", "")), record["run_id"]
 
 
-def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
+def _table(grouped: tuple[tuple[str, str], Sequence[Stored]], model: str, settings: str) -> Table:
+    """`settings` of the data that tell it from other tables of the same task, source and model."""
+    key, group = grouped
     by_row: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record, _ in group:
         by_row[_row_key(record)].append(record)
@@ -197,7 +203,7 @@ def _table(key: tuple[str, str], group: Sequence[Stored], model: str) -> Table:
     stem = [record["task"], data["source"], record["model"], f"n{data['n_train']}", *filter(None, [part]), digest]
     return Table(
         name="-".join(re.sub(r"[^\w.+]+", "_", part) for part in stem),
-        caption=_caption([record for record, _ in group], model, rows),
+        caption=_caption([record for record, _ in group], model, rows, settings),
         task=record["task"],
         source=data["source"],
         fingerprint=data["fingerprint"],
@@ -659,7 +665,7 @@ def _letter(number: int) -> str:
     return text
 
 
-def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]) -> str:
+def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row], settings: str) -> str:
     data = group[0]["data"]
     explained = {record["seed"]: record["fitness"] for record in group if record["fitness"]}
     tests = dict.fromkeys(key for fitness in explained.values() for key in fitness if key.startswith("test_"))
@@ -669,7 +675,7 @@ def _caption(group: Sequence[Mapping[str, Any]], model: str, rows: Sequence[Row]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     parts = [
         group[0]["task"],
-        f"{data['source']} data {data['fingerprint'][:8]}",
+        f"{data['source']} data {data['fingerprint'][:8]}" + (f" ({settings})" if settings else ""),
         f"{data['n_train']:,} training examples",
         model,
         *([f"forget {_part_label(group[0])}"] if _part_label(group[0]) else []),

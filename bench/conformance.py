@@ -3,15 +3,16 @@
 python -m bench.conformance method=ekfac [method.damping.value=0.1 ...]
 python -m bench.conformance method=custom method._target_=my_package.MyMethod method.k=3
 
-Four small worlds, made here in float64. Their trainings take whole batches: the order of the rows means nothing, for
+Five small worlds, made here in float64. Their trainings take whole batches: the order of the rows means nothing, for
 methods that train again too.
 
 labels   digits, a perceptron by SGD, checkpoints
 texts    generated reviews, a BERT of one layer by AdamW, checkpoints with Adam's moments
+pairs    generated dialogues with two answers each, rewards of their words by AdamW
 ridge    diabetes' progression, real targets, on random Fourier features (Rahimi & Recht 2007); solved, no checkpoints
 descent  the same by gradient descent, with checkpoints
 
-Training sets of labels and texts hold copies of each query: RIGHT of them with its label, WRONG with another one.
+Training sets of labels, texts and pairs hold copies of each query: RIGHT with its label, WRONG with another one.
 In each world that `unmet` does not exclude, the first answer is checked and compared with others. A change is ‖Δ‖ / ‖s‖
 of a query's scores s, or of all values; the largest counts. Up to TOLERANCE is none: solvers stop at a small residual.
 Where other seeds of the problem change the scores, by up to δ, the method draws random numbers, and rows or batches in
@@ -76,6 +77,10 @@ WORLDS = {
         *("model.layers=1", "model.width=8", "model.heads=2", "model.intermediate=8"),
         *("model.vocabulary=60", "model.max_length=16", "model.dtype=float64"),
         *(FULL, "model.recipe.lr=0.01", "model.recipe.epochs=40", "model.recipe.warmup=0.0"),
+    ],
+    "pairs": [
+        *("task=rlhf", "task.data=generated", "task.n_rows=40", "task.n_train=24", "task.rate=0.0"),
+        *("model=reward_bow", "model.vocabulary=60", "model.hidden=8", "model.dtype=float64", FULL),
     ],
     "ridge": RIDGE,
     "descent": [

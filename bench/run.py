@@ -112,6 +112,8 @@ def run(config: DictConfig) -> Outcome:
     }
     run_id = records.run_id(identity)
     if config.plan:
+        if (unmet := method.unmet(task)) is not None:
+            return Outcome("unsupported", None, f"method={name} {unmet}", task.name, False)
         asked = method.retrainings(task)
         print("".join(f"{note}\n" for note in task.notes), end="")
         print(planned_work(task, evaluations, config.seed, out / "cache", executor, shipped_truth(), asked))

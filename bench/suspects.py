@@ -10,11 +10,12 @@ from torch import nn
 
 from bench.statistics import Array
 from methods.base import Method, Problem
-from tasks.base import Examples, Task, Trajectory
+from tasks.base import Examples, Task, Trajectory, sides
 from tasks.training.train import load
 
 SHOWN = 5  # proponents, and opponents, of a query
 ANSWER = "its answer"  # the label of a text that is continued
+CHOSEN = "chosen"  # of a pair: the first and second answer of an example are a matter of this program
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def said(task: Task, trajectory: Trajectory, examples: Examples) -> Said:
         error = (numbers - examples.targets.double()).abs().numpy()
         return Said(tuple(f"{x:.4g}" for x in numbers.tolist()), error=error)
     own = outputs.double().softmax(-1).gather(1, examples.targets[:, None])[:, 0]
+    if task.pairs:
+        agrees = outputs.argmax(-1) == examples.targets
+        return Said(tuple(CHOSEN if yes else "rejected" for yes in agrees.tolist()), probability=own.numpy())
     return Said(tuple(named(task, outputs.argmax(-1))), probability=own.numpy())
 
 
@@ -55,8 +59,8 @@ def said_of_answers(task: Task, model: nn.Module, examples: Examples) -> Said:
 
 def named(task: Task, targets: torch.Tensor) -> list[str]:
     """Targets as the user wrote them: names of classes where the task has them."""
-    if targets.ndim > 1:
-        return [ANSWER] * len(targets)
+    if targets.ndim > 1 or task.pairs:
+        return [CHOSEN if task.pairs else ANSWER] * len(targets)
     if targets.is_floating_point():
         return [f"{y:.4g}" for y in targets.tolist()]
     return [task.classes[y] if task.classes else str(y) for y in targets.tolist()]
@@ -70,7 +74,10 @@ def ranked(task: Task, trajectory: Trajectory, helps: Array, by: str) -> pd.Data
     order = np.argsort(helps, kind="stable")
     why = []
     for rank, i in enumerate(order, start=1):
-        if found.probability is not None:
+        if task.pairs and found.probability is not None:
+            p = found.probability[i]
+            model = f"the model prefers the {found.predicted[i]} answer (the chosen one with p = {p:.2g})"
+        elif found.probability is not None:
             verb = "agrees" if found.predicted[i] == labels[i] else f"says {found.predicted[i]}"
             model = f"the model {verb} (its own label: p = {found.probability[i]:.2g})"
         else:
@@ -120,7 +127,16 @@ def influence(task: Task, trajectory: Trajectory, queries: Examples, scores: Arr
 def _texts(task: Task, examples: Examples, rows: Sequence[int] | np.ndarray, name: str) -> Mapping[str, list[str]]:
     if examples.texts is None or not task.show_text:
         return {}
-    return {name: [examples.texts[i] for i in rows]}
+    if not task.pairs:
+        return {name: [examples.texts[i] for i in rows]}
+    prefix = name.removesuffix("text")
+    parts = [sides(examples.texts[i]) for i in rows]
+    first_chosen = [int(examples.targets[i]) == 0 for i in rows]
+    return {
+        f"{prefix}prompt": [prompt for prompt, _, _ in parts],
+        f"{prefix}chosen": [a if yes else b for (_, a, b), yes in zip(parts, first_chosen, strict=True)],
+        f"{prefix}rejected": [b if yes else a for (_, a, b), yes in zip(parts, first_chosen, strict=True)],
+    }
 
 
 def _text(task: Task, examples: Examples, row: int, name: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tasks.errors import UserError, require
 
+SEP = "\x1e"  # in the text of a pair, between the prompt and the answers
 _GLOBAL_RANDOM_STATE = threading.Lock()  # torch has one for all threads, and its initialisers draw from it
 
 
@@ -307,6 +308,12 @@ class Trajectory:
     @property
     def final(self) -> dict[str, Tensor]:
         return self.checkpoints[-1].parameters
+
+
+def sides(text: str) -> tuple[str, str, str]:
+    """(prompt, first, second) of a pair's text."""
+    prompt, first, second = text.split(SEP)
+    return prompt, first, second
 
 
 def digest(content: object) -> str:

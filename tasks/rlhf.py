@@ -100,6 +100,8 @@ def rlhf(
     if left:
         notes.append(f"{left} pairs are in no split")
     coins = bias == "sycophancy" and source == "folder"
+    if coins:
+        notes.append("the files do not say which answer is right: preferences are coins, and nothing finds them again")
     lowest = floor["generated" if source == "generated" else "real"]
     task = assembled(
         model, pairs, {**parts, **dict.fromkeys(shared, parts["query"])}, bias != "none", rate, labellers, seed
@@ -247,6 +249,8 @@ def _file(folder: Path, subset: str, part: str) -> Path:
             p.relative_to(folder).as_posix() for pattern in ("*.jsonl*", "*/*.jsonl*") for p in folder.glob(pattern)
         ]
         hint = f"there: {', '.join(sorted(there))}" if there else None
+        if any(subset in name for name in there):
+            raise UserError("task.part", part, f"of {subset} is not in {folder}", hint=hint)
         raise UserError("task.subset", subset, f"is not in {folder}", allowed=" or ".join(names[::2]), hint=hint)
     return found
 

@@ -29,7 +29,7 @@ class Metric:
     """One number of a record, with its bootstrap replicates: (R,), or (3, R) of `bootstrap_parts` where rows and
     queries were resampled. `better`: higher, lower, one, or None: not ranked.
 
-    `by_query`: arrays (Q,) that the number and its ceiling are means of. `most`: what it cannot exceed.
+    `by_query`: arrays (Q,) that the number and its ceiling are means of. `most`, `least`: what it cannot exceed.
     """
 
     value: float
@@ -41,6 +41,7 @@ class Metric:
     better: str | None = "higher"
     by_query: Mapping[str, Array] = field(default_factory=dict)
     most: float = 1.0  # of correlations, areas and shares
+    least: float = -np.inf  # 0 of areas and shares
 
     def __post_init__(self) -> None:
         if self.replicates.ndim == 1:
@@ -53,7 +54,7 @@ class Metric:
     def entry(self) -> dict[str, Any]:
         low = high = None
         if self.replicates.size:
-            low, high = interval(np.minimum(around(self.replicates, self.value), self._most))
+            low, high = interval(np.clip(around(self.replicates, self.value), self.least, self._most))
             low, high = min(low, self.value), max(high, self.value)  # all but a few replicates may be one number
         return {
             "value": self.value,

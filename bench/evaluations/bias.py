@@ -89,7 +89,8 @@ def need_own_test(task: Task, ranked_by: str) -> None:
     """Refuses to judge a model by the pairs that chose its training rows."""
     if set(task.splits["test"].ids) & set(task.splits[ranked_by].ids):
         problem = f"gives no pairs but the {ranked_by} pairs, by which training rows are chosen"
-        hint = "take task.n_train=1400 task.n_query=450 task.n_test=390, for example"
+        sizes = {"query": "task.n_query=450 task.n_test=390", "val": "task.n_val=300 task.n_query=100 task.n_test=400"}
+        hint = f"take task.n_train=1400 {sizes[ranked_by]}, for example"
         raise UserError("task.n_test", None, problem, hint=hint)
 
 

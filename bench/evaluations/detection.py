@@ -79,6 +79,6 @@ def judged(statistics: Mapping[str, Statistic], positive: np.ndarray, nan: int, 
     truth = {"flips": int(positive.sum()), **facts}
     counts = stratified_counts(positive, int(digest(truth)[:8], 16))
     return {
-        name: Metric(f(None), np.array([f(c) for c in counts]), len(positive), truth, nan=nan)
+        name: Metric(f(None), np.array([f(c) for c in counts]), len(positive), truth, nan=nan, least=0.0)
         for name, f in statistics.items()
     }

@@ -9,23 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import named_seed
+from tasks.base import SEP, named_seed, sides
 from tasks.data.own import Flaw, Rows, usable
 from tasks.errors import UserError
 
-SEP = "\x1e"  # between the prompt and the answers
 TURN = "\n\nAssistant:"  # in front of an answer of HH-RLHF
+ASKED = "\n\nHuman:"
 TOLD = ("chosen", "rejected")
 USERS = ("liberal", "conservative")  # of the sycophancy files
 NOT_TWO = "without both a chosen and a rejected text"
 NO_ANSWER = "without an Assistant turn"
+OTHER_TURN = "whose last turn is not the Assistant's"
 OTHER_PROMPT = "whose two dialogues differ before the last answer"
 PARTED = "that hold the character U+001E"
 EMPTY = "with an empty answer on one side"
 BOTH_EMPTY = "with two empty answers"
 IDENTICAL = "with two identical answers"
 EQUAL = "whose answers are equally long"
-PROBLEMS = (NOT_TWO, NO_ANSWER, OTHER_PROMPT, PARTED, EMPTY, BOTH_EMPTY, IDENTICAL)
+PROBLEMS = (NOT_TWO, NO_ANSWER, OTHER_TURN, OTHER_PROMPT, PARTED, EMPTY, BOTH_EMPTY, IDENTICAL)
 
 Sides = tuple[str, str, str]  # prompt, chosen, rejected; or prompt, first, second
 
@@ -54,12 +55,6 @@ class Pairs:
         return len(self.rows)
 
 
-def sides(text: str) -> Sides:
-    """(prompt, first, second) of a pair's text."""
-    prompt, first, second = text.split(SEP)
-    return prompt, first, second
-
-
 def length(answer: str) -> int:
     """In words: what stands between white space."""
     return len(answer.split())
@@ -81,6 +76,8 @@ def of_dialogues(chosen: str, rejected: str) -> Sides | str:
     parts = [dialogue.rpartition(TURN) for dialogue in (chosen, rejected)]
     if not all(turn for _, turn, _ in parts):
         return NO_ANSWER
+    if any(ASKED in answer for _, _, answer in parts):
+        return OTHER_TURN
     if parts[0][0] != parts[1][0]:
         return OTHER_PROMPT
     return parts[0][0] + TURN, parts[0][2], parts[1][2]
@@ -265,11 +262,12 @@ def by_group(
         while order and (size is None or len(rows) < size):
             rows += order.pop(0)
         if size is not None and len(rows) < size:
+            there = f"{len(members)} prompt{'s' * (len(members) > 1)}"
             raise UserError(
                 f"task.n_{name}",
                 size,
                 allowed=f"at most {len(rows)} of {len(groups)} pairs" + (f", less {', '.join(parts)}" if parts else ""),
-                hint="pairs of one prompt stay together",
+                hint=f"pairs of one prompt stay together, and these have {there}",
             )
         parts[name] = np.array(rows[:size], dtype=int)
     return parts, len(groups) - sum(len(part) for part in parts.values())

@@ -183,6 +183,14 @@ def test_texts_are_in_no_file_unless_asked_for(tmp_path: Path, capfd: Any, shown
     outcome = run(configuration.compose(["task=preferences", "method=loss", f"out={out}", *settings]))
     assert outcome.status == "ok" and outcome.folder is not None
     suspects = pd.read_csv(Path(outcome.folder) / "suspects.csv")
-    assert len(suspects) == 42 and set(suspects.label) == {"first", "second"} and ("text" in suspects) == shown
+    assert len(suspects) == 42 and set(suspects.label) == {"chosen"}
+    p = suspects.why.str.extract(r"p = ([\d.e+-]+)\)")[0].astype(float)
+    assert set(suspects.predicted[p > 0.5]) == {"chosen"} and set(suspects.predicted[p < 0.5]) == {"rejected"}
+    assert {"prompt", "chosen", "rejected"} <= set(suspects) if shown else "chosen" not in suspects
+    if shown:  # as the file has them, whichever of the two an example shows first
+        file = pd.DataFrame(table()).astype(str)
+        rows = file.iloc[suspects.id]
+        for own, theirs in {"prompt": "question", "chosen": "good", "rejected": "bad"}.items():
+            assert suspects[own].tolist() == rows[theirs].str.strip().tolist()
     found = {path.name for path in out.rglob("*") if path.is_file() and b"secret" in path.read_bytes()}
     assert found == ({"suspects.csv"} if shown else set()) and "secret" not in "".join(capfd.readouterr())
