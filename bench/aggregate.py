@@ -142,7 +142,9 @@ def tables(stored: Iterable[Stored]) -> list[Table]:
     configs = [head["config"].get("model") or {} for head in heads]
     models = _distinct([head["model"] for head in heads], configs, [place for place, _ in groups])
     alike = [records.canonical([head["task"], head["data"]["source"], head["model"]]) for head in heads]
-    planted = [{k: v for k, v in (head["config"].get("task") or {}).items() if k not in UNTOLD} for head in heads]
+    planted = [
+        {"task": {k: v for k, v in (head["config"].get("task") or {}).items() if k not in UNTOLD}} for head in heads
+    ]
     settings = _distinct([""] * len(heads), planted, alike, form="{keys}")
     built = [_table(*named) for named in zip(groups.items(), models, settings, strict=True)]
     return sorted(built, key=lambda table: table.name)
