@@ -59,9 +59,9 @@ def failed(results: list[Result]) -> set[str]:
 @pytest.mark.parametrize("name", [m for m in config.choices("method") if m not in ASKS])
 def test_every_preset_conforms(name: str, small: dict[str, World]) -> None:
     method = build_method(config.compose([f"method={name}", *FEWER.get(name, [])]))
-    pairs = ("labels", "texts"), ("ridge", "descent")  # the second where the first lacks what the method needs
-    among = [small[a if method.unmet(small[a].task) is None else b] for a, b in pairs]
-    found = checks(method, among)
+    grounds = ("labels", "texts", "pairs"), ("ridge", "descent")  # the next where one lacks what the method needs
+    met = [[small[w] for w in ground if method.unmet(small[w].task) is None] for ground in grounds]
+    found = checks(method, [ground[0] for ground in met if ground])
     assert not failed(found), "\n".join(str(r) for r in found if r.status == "failed")
     assert sum(r.status == "ok" for r in found) >= 7
 
@@ -71,7 +71,7 @@ def test_a_good_method_is_checked_in_every_world(small: dict[str, World]) -> Non
     assert all(r.status == "ok" or r.check == "scale" for r in found)
     for name in small:
         assert {r.check for r in found if r.world == name} == CHECKS | {
-            "sign" if name in ("labels", "texts") else "scale"
+            "scale" if name in ("ridge", "descent") else "sign"
         }
 
 
@@ -280,7 +280,7 @@ def test_draws_hide_no_dependence_that_is_larger(small: dict[str, World]) -> Non
 
 def test_a_method_that_offers_nothing_fails(small: dict[str, World]) -> None:
     found = checks(Method(), list(small.values()))
-    assert [r.status for r in found] == ["skipped"] * 4 + ["failed"] and "neither" in found[-1].why
+    assert [r.status for r in found] == ["skipped"] * 5 + ["failed"] and "neither" in found[-1].why
 
 
 def test_unsigned_methods_are_not_held_to_a_sign(small: dict[str, World]) -> None:
@@ -300,7 +300,7 @@ def test_settings_that_are_possible_nowhere_are_a_users_mistake(small: dict[str,
 # Worlds
 
 
-@pytest.mark.parametrize("name", ["labels", "texts"])
+@pytest.mark.parametrize("name", ["labels", "texts", "pairs"])
 def test_copies_are_of_the_query_with_its_label_or_another(name: str, small: dict[str, World]) -> None:
     world, task = small[name], small[name].task
     assert world.right is not None and world.wrong is not None
@@ -369,8 +369,8 @@ def test_the_command_says_what_failed(
     command = ["method=custom", "method._target_=my_methods.Mine"]
     assert conformance.main([*command, "method.factor=1.5"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if " training order " in line and "failed: changes by" in line]) == 4
-    assert lines[-1].endswith(" skipped") and "4 failed" in lines[-1]
+    assert len([line for line in lines if " training order " in line and "failed: changes by" in line]) == 5
+    assert lines[-1].endswith(" skipped") and "5 failed" in lines[-1]
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("# Mine\n_target_: my_methods.Mine\nfactor: 0.0\n")
     assert conformance.main(["--config-dir", str(tmp_path), "method=mine"]) == 0

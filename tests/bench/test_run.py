@@ -67,9 +67,10 @@ METHODS = [m for m in configuration.choices("method") if m not in ("custom", "fr
 
 
 CANNOT = {  # method: a word of the reason
-    "digits": {"tfidf": "texts", "bm25": "texts", "prefilter": "texts", "tracin_adam": "Adam"},
-    "sentiment": {"source": "SGD"},
+    "digits": {"tfidf": "texts", "bm25": "texts", "prefilter": "texts", "tracin_adam": "Adam", "length_rule": "pairs"},
+    "sentiment": {"source": "SGD", "length_rule": "pairs"},
     "regression": {
+        "length_rule": "pairs",
         "tfidf": "texts",
         "bm25": "texts",
         "prefilter": "texts",

@@ -41,7 +41,7 @@ def smooth(task: Task, **changes: object) -> Task:
     return replace(task, recipe=replace(task.recipe, **changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("case", [three_classes, bert])
 def test_it_is_the_derivative_of_training(case: object, optimizer: str) -> None:
     decay = "decoupled" if optimizer == "adamw" else "l2"
