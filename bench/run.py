@@ -270,7 +270,8 @@ def _judge(
         kept.texts.update(written(task, trajectory, record["method_label"], kept.scores))
     record["truths"] = case.notes
     if not kept.scores and not record["metrics"] and record["status"] == "ok":
-        record |= {"status": "unsupported", "reason": f"method={record['method']} offers nothing that is judged here"}
+        why = next(iter(record.get("notes", [])), "it offers nothing that is judged here")
+        record |= {"status": "unsupported", "reason": f"method={record['method']}: {why}"}
     attributed = console.seconds.get("attribution", 0.0)
     gradients = torch.tensor([float(problem.meter.gradients)], dtype=torch.float64)
     summed([gradients])  # of all processes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Task
+from tasks.base import Task, digest
 from tasks.training.engines import Executor, Rows
 from tasks.training.plan import Plan
 from tasks.training.store import Store
@@ -27,7 +27,7 @@ def store_of(task: Task, root: Path, shipped: Path | None = None) -> Store:
         "version": VERSION,
         "splits": {split: len(rows) for split, rows in task.splits.items()},
         "recipe": vars(task.recipe),
-        "identity": dict(task.identity),
+        "identity": dict(task.identity) if task.show_text else digest(dict(task.identity)),  # it may hold their words
     }
     return Store(root / name, None if shipped is None else shipped / name, about)
 

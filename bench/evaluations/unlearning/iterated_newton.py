@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from bench.evaluations.base import Unfit
 from bench.evaluations.unlearning.base import Context, Parameters, Unlearned, Unlearner, flat, moved
 from bench.evaluations.unlearning.gradients import combined, mean_gradient
 from bench.evaluations.unlearning.influence import damped
@@ -41,6 +42,8 @@ class IteratedNewton(Unlearner):
         method, now = damped(context.method, self.damping), context.start
         target = self.target if self.target is not None else loss_of(context, now, strangers(context.task)[0])
         forget, retain, path, gradients = context.forget, context.retain, [(0, now)], 0
+        if (lost := loss_of(context, now, forget)) >= target:
+            raise Unfit(f"unlearner={self.name}: the forget loss {lost:.3g} is at its target {target:.3g} already")
         for step in range(1, self.steps + 1):
             if loss_of(context, now, forget) >= target:
                 break
