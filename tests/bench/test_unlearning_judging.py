@@ -298,6 +298,7 @@ def test_nobody_is_in_the_reference_that_judges_him(tmp_path: Path) -> None:
     assert found["kl_forget"].value == pytest.approx(float(kl(b, a).mean())) and found["kl_forget"].value > 0
     anchors = here.notes["unlearning"]["anchors"]
     assert anchors["retrain (floor)"]["kl_forget"] == pytest.approx(float(kl(a, b).mean()))
+    assert found["parameter_distance"].value > 0.1, "judged by itself"
     assert found["tow_normalised"].value > 0.5, "a true retraining does not fail the verdict"
 
 

@@ -109,6 +109,11 @@ class Unlearner:
         """Whether its answer is the first of the gold models."""
         return False
 
+    @property
+    def sees_gold(self) -> bool:
+        """Whether the first gold model is in its answer: another one judges it."""
+        return self.is_gold
+
     def unlearn(self, context: Context) -> Unlearned:
         raise NotImplementedError
 

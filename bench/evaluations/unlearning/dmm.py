@@ -37,6 +37,10 @@ class Matching(FirstOrder):
         return self.uses is not None
 
     @property
+    def sees_gold(self) -> bool:
+        return self.predicted == "oracle"
+
+    @property
     def changes(self) -> bool:
         return self.predicted != "nothing"
 

@@ -126,10 +126,11 @@ class Unlearning:
         }
         sets = judged_by(context)
         said = {name: says(context, sets, parameters) for name, parameters in states.items()}
-        texts, why = language.judged(context, case.task.facts, states)
+        judges = ["gold_2"] if unlearner.sees_gold else ["gold_1", "gold_2"]
+        texts, why = language.judged(context, case.task.facts, states, judges[0])
         note |= why
         truth = {"forget": forget.name, "n_forget": len(forgotten.rows), "golds": len(golds.paired)}
-        reference = [said["gold_2"]] if unlearner.is_gold else [said["gold_1"], said["gold_2"]]
+        reference = [said[name] for name in judges]
         figures = against(said["own"], reference)
         anchors = {
             label: {**means(against(said[name], [said[k] for k in golds_of])), **texts.get(name, {})}
@@ -139,7 +140,7 @@ class Unlearning:
         for name in MAIN:
             ends = (anchors["original"][name], anchors["retrain (floor)"][name])
             scalars[f"{name}_normalised"] = normalised(mean(figures[name]), *ends)
-        scalars["parameter_distance"] = distance(done.final, golds.paired[0].final, first.final)
+        scalars["parameter_distance"] = distance(done.final, states[judges[0]], first.final)
         scalars["update_seconds"] = golds.paired[0].seconds if unlearner.is_gold else seconds
         scalars["speedup"] = golds.paired[0].seconds / max(scalars["update_seconds"], 1e-9)
         if forgotten.control is not None:

@@ -67,10 +67,11 @@ def utility_parts(said: Measured, ratios: Array) -> list[float]:
 
 
 def judged(
-    context: Context, facts: Mapping[str, Any], states: Mapping[str, Parameters]
+    context: Context, facts: Mapping[str, Any], states: Mapping[str, Parameters], judge: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Of each model: the mean truth ratio of F, the model utility over retained rows and over facts of the world (a
-    collapse alarm), and forget quality against a gold where it says something; and what was left out, and why."""
+    collapse alarm), and forget quality against a gold (of "own" against `judge`) where it says something; and what was
+    left out, and why."""
     task, ids = context.task, context.task.train.ids
     if not all(name in task.splits and len(task.splits[name]) for name in SPLITS):
         return {}, {"left_out": "truth ratio, model utility, forget quality: no paraphrases and no wrong answers here"}
@@ -95,7 +96,7 @@ def judged(
     why = invalid(paraphrased, len(context.rows))
     if why is None:
         for name, ratio_of_set in ratios.items():
-            gold = ratios["gold_2" if name == "gold_1" else "gold_1"]
+            gold = ratios[judge if name == "own" else "gold_2" if name == "gold_1" else "gold_1"]
             found[name]["forget_quality"] = forget_quality(ratio_of_set, gold)
     said = {"truth_ratio": "geometric mean of P(wrong answer) over P(paraphrase), each to the power 1/tokens"}
     return found, {**said, **({} if why is None else {"left_out": why})}
