@@ -1,6 +1,5 @@
 """Text classifiers: a BERT from scratch with its own WordPiece vocabulary, or a pretrained encoder, fine-tuned."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tasks.base import Recipe
 from tasks.errors import UserError, require
 from tasks.models.custom import Custom, Weights, read_weights, require_start, started
+from tasks.models.pretrained import Files, require_trained
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -189,23 +188,13 @@ class PretrainedEncoder:
     dtype: str
     recipe: Recipe
 
+    @property
+    def files(self) -> Files:
+        return Files(self.name, self.hub, self.revision, self.path, instead="bert_tiny")
+
     def prepare(self, texts: Sequence[str], classes: int) -> tuple[Tokenize, Callable[[], nn.Module], dict[str, Any]]:
         """The model's own tokenizer, the builder (a new head on pretrained weights), and what identifies both."""
-        from transformers import AutoTokenizer
-
-        place = self.place()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place["name"], revision=place["revision"], trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise self.unreachable(error) from error
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise UserError(
-                "model.path", place["name"], "holds no tokenizer", allowed="tokenizer.json or vocab.txt beside"
-            )
-        if tokenizer.pad_token_id is None:
-            raise UserError("model.path", place["name"], "has a tokenizer without padding token", allowed="encoders")
+        tokenizer = self.files.tokenizer("tokenizer.json or vocab.txt beside", "pad", "padding token", "encoders")
 
         def tokenize(rows: Sequence[str]) -> dict[str, Tensor]:
             ids = tokenizer(list(rows), truncation=True, max_length=self.max_length)["input_ids"]
@@ -213,71 +202,15 @@ class PretrainedEncoder:
 
         build = partial(load_encoder, self, classes)
         build()  # a model that cannot be loaded is told before anything is trained
-        return tokenize, build, {**self.fingerprint(), "max_length": self.max_length}
-
-    def place(self) -> dict[str, Any]:
-        if self.path is None:
-            return {"name": self.hub, "revision": self.revision}
-        folder = Path(self.path).expanduser()
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                "model.path", self.path, "holds no config.json", allowed="a folder in the hub's layout (safetensors)"
-            )
-        return {"name": str(folder), "revision": None}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Of a folder its content, of a hub model its pinned revision."""
-        if self.path is None:
-            return {"hub": self.hub, "revision": self.revision}
-        content = hashlib.sha256()
-        for file in sorted(Path(self.path).expanduser().iterdir()):
-            if file.suffix in {".json", ".safetensors", ".txt", ".model"}:
-                content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-        return {"folder": content.hexdigest()}
-
-    def unreachable(self, error: Exception) -> UserError:
-        """One line for whatever kept the model from loading."""
-        reason = " ".join(str(error).split())[:160]
-        if self.path is not None:
-            return UserError("model.path", self.path, f"cannot be loaded ({reason})")
-        return UserError(
-            "model",
-            self.name,
-            f"is not at hand: {self.hub} could not be loaded from the hub ({reason})",
-            hint="give a local folder with model.path=, or take model=bert_tiny, which needs no download",
-        )
+        return tokenize, build, {**self.files.fingerprint(), "max_length": self.max_length}
 
 
 def load_encoder(spec: PretrainedEncoder, classes: int) -> nn.Module:
     """Pretrained weights below, a head drawn from torch's random state above."""
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # it warns that the head is new, which is meant
-    logging.disable_progress_bar()
-    place = spec.place()
-    try:
-        network, facts = AutoModelForSequenceClassification.from_pretrained(
-            place["name"],
-            revision=place["revision"],
-            num_labels=classes,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise spec.unreachable(error) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    new = sorted(facts["missing_keys"])
-    if new and spec.recipe.epochs == 0:
-        problem = f"is not possible: {place['name']} has no {new[0]}, so there is no trained model to explain"
-        raise UserError("model.recipe.epochs", 0, problem, allowed="1 or more, or a model.path with a trained head")
+    network, facts = spec.files.load(AutoModelForSequenceClassification, num_labels=classes, output_loading_info=True)
+    require_trained(list(facts["missing_keys"]), spec.files, spec.recipe.epochs)
     return Classifier(network)
 
 

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tasks.base import Recipe
 from tasks.errors import UserError, require
 from tasks.models.custom import require_start
-from tasks.models.encoder import PretrainedEncoder, padded, word_pieces
+from tasks.models.encoder import padded, word_pieces
+from tasks.models.pretrained import Files
 from tasks.objectives.language_model import NO_TARGET
 
 PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
@@ -99,22 +99,8 @@ class PretrainedGPT:
 
     def prepare(self, texts: Sequence[str]) -> tuple[Reader, Callable[[], nn.Module], dict[str, Any]]:
         """The model's own tokenizer, the builder, and what identifies both; `texts` change neither."""
-        from transformers import AutoTokenizer
-
-        place = self._files.place()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place["name"], revision=place["revision"], trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise self._unreachable(error) from error
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise UserError(
-                "model.path", place["name"], "holds no tokenizer", allowed="tokenizer.json or vocab.json beside"
-            )
+        tokenizer = self.files.tokenizer("tokenizer.json or vocab.json beside", "eos", "an end of text", "causal LMs")
         end = tokenizer.eos_token_id
-        if end is None:
-            raise UserError("model.path", place["name"], "has a tokenizer without an end of text", allowed="causal LMs")
 
         def encode(rows: Sequence[str]) -> list[list[int]]:
             return tokenizer(list(rows), add_special_tokens=False)["input_ids"]
@@ -125,22 +111,11 @@ class PretrainedGPT:
         with torch.no_grad():
             size = network(torch.tensor([[end]]), torch.ones(1, 1, dtype=torch.long)).shape[-1]
         reader = Reader(encode, begin, end, end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, size)
-        return reader, build, {**self._files.fingerprint(), "max_length": self.max_length}
+        return reader, build, {**self.files.fingerprint(), "max_length": self.max_length}
 
     @property
-    def _files(self) -> PretrainedEncoder:
-        """Where the files lie and what they hold, which is the same for every kind of model."""
-        return PretrainedEncoder(
-            self.name, self.hub, self.revision, self.path, self.max_length, self.dtype, self.recipe
-        )
-
-    def _unreachable(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:160]
-        if self.path is not None:
-            return UserError("model.path", self.path, f"cannot be loaded ({reason})")
-        problem = f"is not at hand: {self.hub} could not be loaded from the hub ({reason})"
-        hint = "give a local folder with model.path=, or take model=authors_gpt, which needs no download"
-        return UserError("model", self.name, problem, hint=hint)
+    def files(self) -> Files:
+        return Files(self.name, self.hub, self.revision, self.path, instead="authors_gpt")
 
 
 def build_gpt(
@@ -176,26 +151,8 @@ def build_gpt(
 
 def _load(spec: PretrainedGPT) -> nn.Module:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    place = spec._files.place()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            place["name"],
-            revision=place["revision"],
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-            dtype=torch.float32,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise spec._unreachable(error) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    return NextToken(network)
+    return NextToken(spec.files.load(AutoModelForCausalLM))
 
 
 def _word_reader(known: Sequence[str]) -> Reader:

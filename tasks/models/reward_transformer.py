@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tasks.base import Recipe
 from tasks.data.preferences import sides
 from tasks.errors import UserError, require
-from tasks.models.encoder import PretrainedEncoder, padded, word_pieces
+from tasks.models.encoder import padded, word_pieces
 from tasks.models.lora import Lora
+from tasks.models.pretrained import Files, require_trained
 
 SHORTEST = 8  # tokens of a prompt and one answer
 SAME = 1e-3  # of the largest state: what reading a pair in one pass may change
@@ -165,26 +165,12 @@ class PretrainedReward(RewardTransformer):
             raise UserError("model.revision", self.revision, "is needed with model.hub", hint=hint)
 
     @property
-    def files(self) -> PretrainedEncoder:
-        """Where they are, and what they hold."""
-        hub, revision = self.hub or "", self.revision or ""
-        return PretrainedEncoder(self.name, hub, revision, self.path, self.max_length, self.dtype, self.recipe)
+    def files(self) -> Files:
+        return Files(self.name, self.hub or "", self.revision or "", self.path, instead="reward_gpt")
 
     def prepare(self, texts: Sequence[str]) -> tuple[Encode, Callable[[], nn.Module], dict[str, Any]]:
-        from transformers import AutoTokenizer
-
-        place = self.files.place()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place["name"], revision=place["revision"], trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise self.unreachable(error) from error
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise UserError("model.path", place["name"], "holds no tokenizer", allowed="tokenizer.json beside")
-        if tokenizer.eos_token_id is None:
-            problem = "has a tokenizer without an end token, at which a reward is read"
-            raise UserError("model.path", place["name"], problem, allowed="causal language models")
+        without = "an end token, at which a reward is read"
+        tokenizer = self.files.tokenizer("tokenizer.json beside", "eos", without, "causal language models")
         tokenizer.model_max_length = 10**9  # it warns of long texts, which are cut here
 
         def tokenize(rows: Sequence[str]) -> list[list[int]]:
@@ -197,56 +183,23 @@ class PretrainedReward(RewardTransformer):
         with torch.random.fork_rng(devices=[]):
             network = load_reward(self)  # what cannot be loaded, or read so, is told before anything is trained
         require_positions(network.body, self.max_length)
-        require_one_pass(network, encoder(texts[:1]), place["name"])
+        require_one_pass(network, encoder(texts[:1]), self.files.place()["name"])
         identity = {**self.files.fingerprint(), "max_length": self.max_length}
         if self.lora is not None:
             identity["lora"] = vars(self.lora)
         return encoder, partial(load_reward, self), identity
 
-    def unreachable(self, error: Exception) -> UserError:
-        """One line for whatever kept the model from loading."""
-        if self.path is not None:
-            return self.files.unreachable(error)
-        reason = " ".join(str(error).split())[:160]
-        problem = f"is not at hand: {self.hub} could not be loaded from the hub ({reason})"
-        hint = "give a local folder with model.path=, or take model=reward_gpt, which needs no download"
-        return UserError("model", self.name, problem, hint=hint)
-
 
 def load_reward(spec: PretrainedReward) -> RewardNetwork:
     """Pretrained weights; what they lack, a head or adapters, is drawn from torch's random state."""
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # it warns that the head is new, which is meant
-    logging.disable_progress_bar()
-    place = spec.files.place()
-    try:
-        network, facts = AutoModelForSequenceClassification.from_pretrained(
-            place["name"],
-            revision=place["revision"],
-            num_labels=1,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise spec.unreachable(error) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    network, facts = spec.files.load(AutoModelForSequenceClassification, num_labels=1, output_loading_info=True)
     head = getattr(network, "score", None)
     if not isinstance(head, nn.Linear):
         problem = f"is a {type(network.base_model).__name__}, which does not read from left to right"
-        raise UserError("model.path", place["name"], problem, allowed="causal language models")
-    new = sorted(facts["missing_keys"])
-    if new and spec.recipe.epochs == 0:
-        problem = f"is not possible: {place['name']} has no {new[0]}, so there is no trained model to explain"
-        raise UserError("model.recipe.epochs", 0, problem, allowed="1 or more, or a model.path with a trained head")
+        raise UserError("model.path", spec.files.place()["name"], problem, allowed="causal language models")
+    require_trained(list(facts["missing_keys"]), spec.files, spec.recipe.epochs)
     return RewardNetwork(network.base_model if spec.lora is None else spec.lora.adapt(network.base_model), head)
 
 

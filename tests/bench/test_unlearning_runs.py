@@ -166,8 +166,8 @@ def test_every_unlearner_is_a_row(unlearner: str, runs: Runs, out: Path) -> None
     assert note["mask"] == ("salun" if unlearner == "salun" else "none")
     reference = record_of(runs["sentiment_tiny", "random", "none"])["truths"]["unlearning"]["anchors"]
     assert note["anchors"] == reference and set((out / "cache" / "models").rglob("*.safetensors")) == before
-    if unlearner == "retrain":
-        assert metrics["parameter_distance"]["value"] == 0 and metrics["kl_forget"]["value"] > 0
+    if unlearner == "retrain":  # it is a gold, so another one judges it
+        assert metrics["parameter_distance"]["value"] > 0 and metrics["kl_forget"]["value"] > 0
 
 
 @pytest.mark.parametrize("form", ["koh_liang", "reweight"])
