@@ -170,7 +170,7 @@ def test_newton_steps_stay_in_the_trust_region_and_stop_at_the_target() -> None:
     losses = [loss_of(at, parameters, at.forget) for _, parameters in done.path]
     assert losses[-1] >= 1.0 > losses[-2] and done.notes["reached"]
     assert not newton(steps=1, radius=0.01).unlearn(at).notes["reached"]
-    with pytest.raises(Unfit, match="at its target .* already"):
+    with pytest.raises(Unfit, match=r"at its target .* already"):
         newton(target=losses[0] / 2).unlearn(at)
 
 
