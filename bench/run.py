@@ -272,20 +272,21 @@ def _judge(
     if not kept.scores and not record["metrics"] and record["status"] == "ok":
         why = next(iter(record.get("notes", [])), "it offers nothing that is judged here")
         record |= {"status": "unsupported", "reason": f"method={record['method']}: {why}"}
-    attributed = console.seconds.get("attribution", 0.0)
-    gradients = torch.tensor([float(problem.meter.gradients)], dtype=torch.float64)
+    attributed, meter = console.seconds.get("attribution", 0.0), problem.meter
+    gradients = torch.tensor([float(meter.gradients)], dtype=torch.float64)
     summed([gradients])  # of all processes
     record["cost"] = {
-        "seconds": attributed + problem.meter.seconds_of_trainings + problem.meter.seconds_of_fits,
+        "seconds": attributed + meter.seconds_of_trainings + meter.seconds_of_fits + meter.seconds_of_updates,
         "phases": {
             **console.seconds,
-            "trainings": problem.meter.seconds_of_trainings,
-            "fits_reused": problem.meter.seconds_of_fits,
+            "trainings": meter.seconds_of_trainings,
+            "fits_reused": meter.seconds_of_fits,
+            "updates": meter.seconds_of_updates,
         },
         "peak_memory_bytes": peak.bytes,
-        "trainings": problem.meter.trainings,
+        "trainings": meter.trainings,
         "gradients": int(gradients.item()),
-        "stored_bytes": sum(a.nbytes for a in kept.scores.values()) + problem.meter.stored_bytes,
+        "stored_bytes": sum(a.nbytes for a in kept.scores.values()) + meter.stored_bytes,
     }
 
 

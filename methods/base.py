@@ -31,6 +31,7 @@ class Meter:
     seconds_of_trainings: float = 0.0  # of one process, whenever they were made
     waited: float = 0.0  # seconds that were spent on making them now, which are no attribution
     seconds_of_fits: float = 0.0  # of fits that an earlier run made
+    seconds_of_updates: float = 0.0  # of unlearning
     stored_bytes: int = 0  # on disk, of a store of gradients
 
     @property

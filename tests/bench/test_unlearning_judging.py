@@ -326,6 +326,24 @@ def test_a_record_has_a_trajectory_and_the_price_and_no_interval_is_wrong(tmp_pa
     assert "left_out" in note, "the record says which figures it cannot give"
 
 
+def test_an_update_is_charged_beside_the_attribution(tmp_path: Path) -> None:
+    here = case(tmp_path)
+    assert here.problem is not None
+    found, note = unlearning().evaluate(here), here.notes["unlearning"]
+    assert here.problem.meter.gradients == note["gradients"] == 8 * 6 + (10 + 10 + 4) * 2 + 20, "both sets, eight steps"
+    assert found["update_seconds"].value == here.problem.meter.seconds_of_updates > 0, "the explained training is none"
+
+    twice = case(tmp_path)
+    unlearning(replace(DIFF, grid={"lr": [1e-3, 2e-2]}), tune=True).evaluate(twice)
+    assert twice.notes["unlearning"]["gradients"] == 2 * note["gradients"], "all that is tried"
+
+    bought = case(tmp_path)
+    assert bought.problem is not None
+    found = unlearning(Retrain("retrain", {})).evaluate(bought)
+    assert bought.problem.meter.trainings == 2, "the explained one, and the gold"
+    assert 0.5 < found["speedup"].value <= 1
+
+
 def test_one_shot_directions_are_compared_at_equal_forgetting(tmp_path: Path) -> None:
     task, trajectory = trained("classifier")
     start = measured(task, context().network(trajectory.final), task.train.select(RANDOM.chosen(case(tmp_path)).rows))
@@ -360,12 +378,25 @@ class Lazy(Unlearner):
     """Gives back what it got."""
 
     def unlearn(self, context: Context) -> Unlearned:
-        return Unlearned(((0, context.start), (1, context.start)), 0)
+        return Unlearned(((0, context.start), (1, context.start)))
+
+
+@dataclass(frozen=True)
+class Idle(Unlearner):
+    """Lifts all logits alike, which no probability feels."""
+
+    def unlearn(self, context: Context) -> Unlearned:
+        last = list(context.start)[-1]
+        end = {name: value + 1.0 * (name == last) for name, value in context.start.items()}
+        assert end[last].shape == (3,), "the bias of the last layer"
+        return Unlearned(((0, context.start), (1, end)))
 
 
 def test_an_update_that_changes_nothing_or_diverges_is_no_row(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unlearner=lazy left the parameters unchanged"):
+    with pytest.raises(UserError, match="unlearner=lazy left the parameters unchanged; it takes"):
         unlearning(Lazy("lazy", {})).evaluate(case(tmp_path))
+    with pytest.raises(UserError, match=r"unlearner=idle left the forget loss \(.*\) unchanged"):
+        unlearning(Idle("idle", {})).evaluate(case(tmp_path))
     wild = GradientAscent(**{**STEPS, "lr": 1e308, "name": "wild"})
     with pytest.raises(Unfit, match="unlearner=wild diverged"):
         unlearning(wild).evaluate(case(tmp_path))

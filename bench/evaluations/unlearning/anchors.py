@@ -14,7 +14,7 @@ class Nothing(Unlearner):
         return False
 
     def unlearn(self, context: Context) -> Unlearned:
-        return Unlearned(((0, context.start),), 0)
+        return Unlearned(((0, context.start),))
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,4 @@ class Retrain(Unlearner):
 
     def unlearn(self, context: Context) -> Unlearned:
         assert context.retrained is not None
-        return Unlearned(((0, context.start), (1, context.retrained())), 0)
+        return Unlearned(((0, context.start), (1, context.retrained())))

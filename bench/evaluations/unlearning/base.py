@@ -71,11 +71,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """`path`: (step, parameters) from θ0 to the end, both included. `gradients`: of examples, that were computed."""
+    """`path`: (step, parameters) from θ0 to the end, both included. `direction`: of those who take one step."""
 
     path: tuple[tuple[int, Parameters], ...]
-    gradients: int
     notes: Mapping[str, Any] = field(default_factory=dict)
+    direction: Parameters | None = None
 
     @property
     def final(self) -> Parameters:
@@ -115,6 +115,7 @@ class Unlearner:
         return self.is_gold
 
     def unlearn(self, context: Context) -> Unlearned:
+        """Gradients of examples go to the meter of `context.problem`."""
         raise NotImplementedError
 
 

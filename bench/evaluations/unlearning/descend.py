@@ -59,7 +59,7 @@ class FirstOrder(Unlearner):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         weights, decay = list(named.values()), self.weight_decay
         updates = [torch.optim.AdamW(weights, lr=self.lr, weight_decay=decay) for _ in range(self.sides)]
-        forget, retain, path, gradients = context.forget, context.retain, [(0, context.start)], 0
+        forget, retain, path = context.forget, context.retain, [(0, context.start)]
         forget_rows = cycle(len(forget), self.batch, context.generator("forget batches"))
         retain_rows = cycle(len(retain), self.batch, context.generator("retain batches"))
         for step in range(1, self.steps + 1):
@@ -69,10 +69,11 @@ class FirstOrder(Unlearner):
             objective(model, draw).backward()
             updates[self.side(step)].step()
             restore(context, named)
-            gradients += len(f) * ("forget" in self.reads) + len(r) * ("retain" in self.reads)
+            read = len(f) * ("forget" in self.reads) + len(r) * ("retain" in self.reads)
+            context.problem.meter.gradients += read
             if step in kept_steps(self.steps):
                 path.append((step, state_of(model)))
-        return Unlearned(tuple(path), gradients)
+        return Unlearned(tuple(path))
 
 
 def restore(context: Context, named: dict[str, nn.Parameter]) -> None:

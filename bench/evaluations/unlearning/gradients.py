@@ -9,7 +9,7 @@ SIZE = 128
 
 
 def mean_gradient(context: Context, parameters: Parameters, examples: Examples) -> Parameters:
-    """∇ (1/|S|) Σ_S ℓ(i; θ), by parameter, accumulated in float64."""
+    """∇ (1/|S|) Σ_S ℓ(i; θ), by parameter, accumulated in float64; each is charged."""
     model = context.network(parameters)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
@@ -19,6 +19,7 @@ def mean_gradient(context: Context, parameters: Parameters, examples: Examples) 
         for name, g in zip(named, found, strict=True):
             if g is not None:
                 total[name] += g.cpu().double()
+    context.problem.meter.gradients += len(examples)
     return {name: (g / len(examples)).to(parameters[name]) for name, g in total.items()}
 
 

@@ -40,19 +40,19 @@ class Influence(OneShot):
         if self.form not in FORMS:
             raise UserError("unlearner.form", self.form, allowed=FORMS)
 
-    def direction(self, context: Context) -> tuple[Parameters, int]:
+    def direction(self, context: Context) -> Parameters:
         method = damped(context.method, self.damping)
         forget, start = context.forget, context.start
         n_f, n = len(forget), len(context.task.train)
         g_f = mean_gradient(context, start, forget)
         if self.form == "koh_liang":
-            return method.solve(context.problem, combined((n_f / n, g_f))), n_f
+            return method.solve(context.problem, combined((n_f / n, g_f)))
         if self.form == "reweight":
             g_r = mean_gradient(context, start, context.retain)
-            return method.solve(context.problem, combined((n_f / n, g_f), (-n_f / n, g_r))), n
+            return method.solve(context.problem, combined((n_f / n, g_f), (-n_f / n, g_r)))
         share = n_f / (n - n_f)
         vector = combined((share, g_f), (share * context.task.recipe.l2, start))
-        return method.solve(context.at(start), vector), n_f
+        return method.solve(context.at(start), vector)
 
 
 def damped(method: Method, damping: Any) -> Method:

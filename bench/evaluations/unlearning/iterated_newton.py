@@ -41,7 +41,7 @@ class IteratedNewton(Unlearner):
     def unlearn(self, context: Context) -> Unlearned:
         method, now = damped(context.method, self.damping), context.start
         target = self.target if self.target is not None else loss_of(context, now, strangers(context.task)[0])
-        forget, retain, path, gradients = context.forget, context.retain, [(0, now)], 0
+        forget, retain, path = context.forget, context.retain, [(0, now)]
         if (lost := loss_of(context, now, forget)) >= target:
             raise Unfit(f"unlearner={self.name}: the forget loss {lost:.3g} is at its target {target:.3g} already")
         for step in range(1, self.steps + 1):
@@ -51,10 +51,9 @@ class IteratedNewton(Unlearner):
             vector = combined((self.push, g_f), (-1.0, g_r), (-context.task.recipe.l2, now))
             direction = method.solve(context.at(now, step), vector)
             now = context.allowed(moved(now, direction, clipped(direction, self.radius)))
-            gradients += len(forget) + len(retain)
             path.append((step, now))
         reached = loss_of(context, now, forget)
-        return Unlearned(tuple(path), gradients, {"target": target, "reached": bool(reached >= target)})
+        return Unlearned(tuple(path), {"target": target, "reached": bool(reached >= target)})
 
 
 def clipped(direction: Parameters, radius: float) -> float:

@@ -15,15 +15,11 @@ class OneShot(Unlearner):
     def __post_init__(self) -> None:
         require(self.scale > 0, "unlearner.scale", self.scale, "above 0")
 
-    def direction(self, context: Context) -> tuple[Parameters, int]:
-        """d, and how many gradients of examples it cost."""
+    def direction(self, context: Context) -> Parameters:
+        """d, by parameter."""
         raise NotImplementedError
 
     def unlearn(self, context: Context) -> Unlearned:
-        direction, gradients = self.direction(context)
-        return self.along(context, direction, gradients)
-
-    def along(self, context: Context, direction: Parameters, gradients: int) -> Unlearned:
-        steps = range(1, POINTS)
+        direction, steps = self.direction(context), range(1, POINTS)
         ends = [context.allowed(moved(context.start, direction, self.scale * k / (POINTS - 1))) for k in steps]
-        return Unlearned(((0, context.start), *zip(steps, ends, strict=True)), gradients)
+        return Unlearned(((0, context.start), *zip(steps, ends, strict=True)), direction=direction)

@@ -86,7 +86,7 @@ class SOUL(GradDiff):
         model = context.network(context.start)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         moments = Moments(*({name: torch.zeros_like(p) for name, p in named.items()} for _ in range(2)))
-        forget, retain, path, gradients = context.forget, context.retain, [(0, context.start)], 0
+        forget, retain, path = context.forget, context.retain, [(0, context.start)]
         forget_rows = cycle(len(forget), self.batch, context.generator("forget batches"))
         retain_rows = cycle(len(retain), self.batch, context.generator("retain batches"))
         labels, shares, gammas = context.generator("sampled labels"), [], [1.0]
@@ -95,19 +95,19 @@ class SOUL(GradDiff):
             draw = Draw(step, forget.batch(f).to(device), retain.batch(r).to(device), f, r)
             for name, g in gradient(objective(model, draw), named).items():
                 moments.m[name] = with_gradient(moments.m[name], g, self.betas[0])
-            gradients += len(f) + len(r)
+            context.problem.meter.gradients += len(f) + len(r)
             if (step - 1) % self.every == 0:
                 batch = sampled_labels(task, model, draw.retain, labels)
                 for name, g in gradient(task.loss(model, batch).mean(), named).items():
                     moments.h[name] = with_curvature(moments.h[name], g, self.betas[1], len(r))
                 gammas.append(tuned_gamma(moments, self.clipped))
-                gradients += len(r)
+                context.problem.meter.gradients += len(r)
             shares.append(self._move(named, moments, gammas[-1]))
             restore(context, named)
             if step in kept_steps(self.steps):
                 path.append((step, state_of(model)))
         log = {"clipped": sum(shares) / len(shares), "gamma": sum(gammas[1:]) / len(gammas[1:])}
-        return Unlearned(tuple(path), gradients, log)
+        return Unlearned(tuple(path), log)
 
     @torch.no_grad()
     def _move(self, named: dict[str, nn.Parameter], moments: Moments, gamma: float) -> float:
