@@ -3,9 +3,9 @@
 One table a task, data and model. A row is a method's configuration without its seed: several seeds are one row, with
 the mean over seeds, the bootstrap interval of that mean and, from three seeds on, the spread over seeds as its own
 figure. A column is a metric with its truth: numbers measured against different truths never meet in one column. The
-best of a column is bold, and so is every method that the paired bootstrap, Holm-corrected over the column, cannot tell
-from the best. Cells with a
-footnote (unfit, or some seeds without a number) are shown but not ranked.
+best of a column is bold, and so is every method that the paired test, Holm-corrected over the column, cannot tell from
+the best: the bootstrap, or Student's t over seeds for figures that have none. Cells with a footnote (unfit, or some
+seeds without a number), and those without interval or spread, are shown but not ranked.
 """
 
 import json
@@ -94,7 +94,8 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """All that was measured on one task, data and model, and of unlearning on one forget set (`part`); `name` is the
-    stem of its files. `paths`: by row, the losses (forget, retain) on the way of an update, means over seeds."""
+    stem of its files. `paths`: by row, the losses (forget, retain) on the way of an update, means over seeds, in
+    `unit`."""
 
     name: str
     caption: str
@@ -110,6 +111,7 @@ class Table:
     differences: "tuple[Difference, ...]" = ()
     part: str = ""
     paths: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    unit: str = "nats"
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _table(grouped: tuple[tuple[str, str], Sequence[Stored]], model: str, settin
         differences=tuple(differences),
         part=part,
         paths=dict(filter(lambda pair: pair[1], ((named[row], _path(by_row[row])) for row in by_row))),
+        unit=_unit(record for record, _ in group),
     )
 
 
@@ -313,6 +316,12 @@ def _path(row: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     paths = [path for record in _newest(row) if (path := _unlearned(record).get("trajectory"))]
     steps = zip(*paths, strict=False)
     return [(_mean_of(points, "forget_loss"), _mean_of(points, "retain_loss")) for points in steps]
+
+
+def _unit(group: Iterable[Mapping[str, Any]]) -> str:
+    """Of losses: models of language, whose fitness has a loss a token, are averaged over tokens."""
+    texts = any(key.endswith("loss_per_token") for record in group for key in record["fitness"])
+    return "nats a token" if texts else "nats"
 
 
 def _mean_of(points: Iterable[Mapping[str, Any]], key: str) -> float:
@@ -541,7 +550,7 @@ def _join(texts: Iterable[str | None]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """The best of a column − another row, on the seeds that both have: paired bootstrap, `p` by Holm in the column."""
+    """The best of a column − another row, on the seeds that both have: paired test, `p` by Holm in the column."""
 
     column: str
     best: str
@@ -556,10 +565,14 @@ def _compared(
     cells: Mapping[str, Cell | None], entries: Entries, column: str, better: str | None
 ) -> tuple[list[str], list[Difference]]:
     """The best row of a column with those that are not worse than it beyond doubt, and the differences that say so;
-    none where fewer than two compete."""
+    none where fewer than two compete, and who has no spread does not."""
     if better is None:
         return [], []
-    ranked = {row: cell.value for row, cell in cells.items() if cell and cell.value is not None and cell.reason is None}
+    ranked = {
+        row: cell.value
+        for row, cell in cells.items()
+        if cell and cell.value is not None and cell.reason is None and (cell.low is not None or cell.sd is not None)
+    }
     if len(ranked) < 2:
         return [], []
     first = max(ranked, key=lambda row: float(goodness(ranked[row], better)))
@@ -584,11 +597,14 @@ def _compared(
 def _paired(
     best: Mapping[int, _Entry], other: Mapping[int, _Entry], better: str
 ) -> tuple[float, float, float, float] | None:
-    """(difference, low, high, p) of best − other in goodness, over the seeds of both; None without replicates."""
+    """(difference, low, high, p) of best − other in goodness, over the seeds of both; None without a spread."""
     seeds = sorted(set(best) & set(other))
     ours, theirs = [best[seed] for seed in seeds], [other[seed] for seed in seeds]
     a, b = _averaged(ours), _averaged(theirs)
-    if a is None or b is None or a.shape != b.shape:
+    if a is None or b is None:
+        good = [[goodness(entry.metric["value"], better) for entry in side] for side in (ours, theirs)]
+        return _over_seeds(*np.array(good, dtype=float))
+    if a.shape != b.shape:
         return None
     values = [float(np.mean([entry.metric["value"] for entry in side])) for side in (ours, theirs)]
     if a.ndim == 2 and better in ("higher", "lower"):  # the parts of a difference are the difference of the parts
@@ -602,6 +618,18 @@ def _paired(
     if not finite.any():
         return None
     return paired_difference(a[finite], b[finite], *(goodness(value, better) for value in values))
+
+
+def _over_seeds(best: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float] | None:
+    """(difference, low, high, p) by the paired t-test over seeds (S,), from three on; None where they all differ by as
+    much, which is no spread."""
+    from scipy.stats import ttest_rel
+
+    if len(best) < SEED_SPREAD_FROM or np.ptp(best - other) == 0:
+        return None
+    found = ttest_rel(best, other)
+    bounds = found.confidence_interval(1 - LEVEL)
+    return float((best - other).mean()), float(bounds.low), float(bounds.high), float(found.pvalue)
 
 
 def goodness(value: Any, better: str) -> Any:

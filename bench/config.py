@@ -35,7 +35,8 @@ from tasks.errors import UserError
 SIGNED = ("method", "task", "model")  # what users may replace by a class of their own: only the signature judges it
 CALLER_GIVES = {"task": ("model",)}  # arguments of a target that no YAML names: bench hands them over
 DIRECTIVES = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
-NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice", "unlearner", "forget", "mask")  # in a truth
+UNLEARNING = ("unlearner", "forget", "mask")  # groups that truth.unlearning alone reads
+NOT_IN_RUN_KEY = ("out", "rerun", "plan", "executor", "hydra", "choice", *UNLEARNING)
 EXAMPLES = {"modules": "a list of patterns such as [layers.linear0], or null for every block"}  # by argument's name
 # Their content is fingerprinted instead, or decides nothing.
 PATHS = (("task", "data_dir"), ("task", "query_file"), ("model", "path"), ("method", "path"), ("method", "store"))
@@ -227,6 +228,14 @@ def _compose(parsed: list[Override], loader: ConfigLoader, bases: Bases) -> Dict
         raise UserError(key, None, "is missing", hint=f"give {key}=...")
     _check_finite(resolved, "")
     _compare(resolved, _with_defaults(base, chosen), "", parts)
+    for group in UNLEARNING:
+        if "unlearning" not in resolved["evaluation"] and any(o.key_or_group == group for o in parsed):
+            raise UserError(
+                group,
+                chosen[group],
+                "changes nothing here",
+                hint="it goes with task=unlearning evaluation=[unlearning]",
+            )
     return add_choice(config, chosen)
 
 

@@ -26,7 +26,7 @@ from matplotlib.transforms import Bbox
 from bench import records
 from bench.aggregate import Table, main_column, number
 
-LONGEST = 36  # letters of a label
+LONGEST = 36  # letters of a line of a label
 CURVES = 8  # of a panel
 SHORTEST = 1e-3  # seconds: what took less is drawn here
 STYLE: Any = {
@@ -87,7 +87,7 @@ def detection_curves(table: Table, path: str | Path) -> list[Path]:
             first = sorted(curves, key=lambda label: (-float(np.mean(list(curves[label].values()))), label))[:CURVES]
             for place, label in enumerate(first):
                 points = sorted({0.0: 0.0, **curves[label]}.items())
-                name = textwrap.shorten(label, LONGEST, placeholder=" …")
+                name = _wrapped(label, LONGEST)
                 axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=f"C{place}", label=name)
             axes.set_xlabel("share of rows looked at")
             axes.set_ylabel("share of errors found")
@@ -103,14 +103,15 @@ def unlearning_paths(table: Table, path: str | Path) -> list[Path]:
     square) to the retrainings (stars). As the other figures; none where nothing was unlearned."""
     if not table.paths:
         return []
+    shown = [row.label for row in table.rows if len(table.paths.get(row.label, ())) > 1]
+    names = [_wrapped(label, LONGEST) for label in shown]
+    lines = sum(name.count("\n") + 1 for name in names)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+        figure = Figure(figsize=(7.2, max(4.2, 1 + 0.155 * lines)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        shown = [row.label for row in table.rows if len(table.paths.get(row.label, ())) > 1]
-        for place, label in enumerate(shown):
+        for place, (label, name) in enumerate(zip(shown, names, strict=True)):
             x, y = zip(*((max(a, LEAST_LOSS), max(b, LEAST_LOSS)) for a, b in table.paths[label]), strict=True)
-            name = textwrap.shorten(label, LONGEST, placeholder=" …")
             style, shade = STROKES[place // len(SHADES) % len(STROKES)], SHADES[place % len(SHADES)]
             axes.plot(x, y, style, marker="o", ms=3, lw=1.2, color=shade, label=name)
         columns = {head.metric: k for k, head in enumerate(table.columns)}
@@ -124,17 +125,17 @@ def unlearning_paths(table: Table, path: str | Path) -> list[Path]:
                     axes.scatter(across, up, size, face, marker=marker, edgecolor="0.25", zorder=4, label=row.label)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("loss of the forget set, nats a token")
-        axes.set_ylabel("loss of the retained rows, nats a token")
+        axes.set_xlabel(f"loss of the forget set, {table.unit}")
+        axes.set_ylabel(f"loss of the retained rows, {table.unit}")
         axes.grid(color="0.92", zorder=0)
-        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
         axes.set_title(_wrapped(table.caption, 80), color="0.3", fontsize=7.5)
         return _written(figure, Path(path))
 
 
 LEAST_LOSS = 1e-4  # of the axes
 SHADES = tuple(f"C{k}" for k in range(10))
-STROKES = ("-", "--", ":")
+STROKES = ("-", "--", ":", "-.")
 
 
 def _found_shares(table: Table, prefix: str) -> dict[str, dict[float, float]]:

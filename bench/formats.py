@@ -12,7 +12,7 @@ from typing import Any
 from bench import records
 from bench.aggregate import COSTS, Cell, Column, Table, decimals_for, fixed, number
 
-PANEL = 130  # characters that a console table may be wide; what does not fit goes below, beside the methods again
+PANEL = 130  # characters that a console table may be wide
 
 
 def cell_text(cell: Cell | None) -> str:
@@ -62,30 +62,43 @@ def _grid(table: Table) -> tuple[list[str], list[Line], Line | None]:
 
 
 def to_console(table: Table, bold: bool | None = None, width: int | None = None) -> str:
-    """Aligned text; the best in bold where `bold` (default: on a terminal), else with an asterisk."""
+    """Aligned text; the best in bold where `bold` (default: on a terminal), else with an asterisk.
+
+    A table that is too wide is turned, if its rows then fit beside each other, as those of a single run do; else what
+    does not fit goes below, beside the methods again.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
     bold = sys.stdout.isatty() if bold is None else bold
+    width = width or (shutil.get_terminal_size((PANEL, 0)).columns if bold else PANEL)
     header, lines, ceiling = _grid(table)
-    shown = [*lines, *([ceiling] if ceiling is not None else [])]
+    lines += [ceiling] if ceiling is not None else []
+    heads, turned = _turned(header, lines)
+    if len(_panels(header, lines, width)) > 1 and len(_panels(heads, turned, width)) == 1:
+        header, lines = heads, turned
     file = io.StringIO()
     console = Console(file=file, force_terminal=bold, color_system="standard" if bold else None, width=100_000)
-    width = width or (shutil.get_terminal_size((PANEL, 0)).columns if bold else PANEL)
-    for columns in _panels(header, shown, width):
+    for columns in _panels(header, lines, width):
         grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
         for c in columns:
             grid.add_column(Text(header[c]), justify="right" if c else "left", no_wrap=True)
-        for i, line in enumerate(shown):
-            texts = [Text(t, "bold") if b and bold else Text(t + "*" * b) for t, b in (line[c] for c in columns)]
-            grid.add_row(*texts, end_section=ceiling is not None and i == len(lines) - 1)
+        for line in lines:
+            grid.add_row(*(Text(t, "bold") if b and bold else Text(t + "*" * b) for t, b in (line[c] for c in columns)))
         console.print(grid)
     body = [line.rstrip() for line in file.getvalue().splitlines()]
     starred = not bold and any(b for line in lines for _, b in line)
-    notes = [*table.notes, *["* best, or not told from the best by the paired bootstrap"] * starred]
+    notes = [*table.notes, *["* best, or not told from the best by a paired test"] * starred]
     return "\n".join([table.caption, *filter(None, body), *notes]) + "\n"
+
+
+def _turned(header: Sequence[str], lines: Sequence[Line]) -> tuple[list[str], list[Line]]:
+    """A line a column."""
+    return ["", *(line[0][0] for line in lines)], [
+        [(name, False), *(line[c] for line in lines)] for c, name in enumerate(header) if c
+    ]
 
 
 def _panels(header: Sequence[str], lines: Sequence[Line], width: int) -> list[list[int]]:

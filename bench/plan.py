@@ -46,8 +46,7 @@ def planned_work(
             continue
         keys = plan.keys()
         missing = [k for k, key in enumerate(keys) if key not in done]
-        steps = sum(_steps(task.recipe, plan, k) for k in missing)
-        seconds = steps * step / executor.processes()
+        seconds = sum(_steps(task.recipe, plan, k) for k in missing) * step / executor.processes()
         rows = sum(len(task.splits[s]) for s in ("val", "query"))
         lines.append(
             f"{name}: {len(keys)} retrainings, {len(keys) - len(missing)} in the store, {len(missing)} to make by "

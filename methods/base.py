@@ -260,7 +260,7 @@ class Method:
         return {}
 
     def offers(self, name: str) -> bool:
-        """Whether `attribute` or `value` is this method's own."""
+        """Whether `attribute`, `value` or `solve` is this method's own."""
         return getattr(type(self), name) is not getattr(Method, name)
 
 

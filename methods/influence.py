@@ -121,6 +121,9 @@ class Influence(Method):
         summed([values])
         return values
 
+    def offers(self, name: str) -> bool:
+        return super().offers(name) and (name != "solve" or isinstance(self.compression, Uncompressed))
+
     def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(self.compression, Uncompressed):
             raise Unsupported("compressed gradients have no inverse curvature in the parameters' own space")

@@ -208,6 +208,10 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no group": (["forget=subset", "forget.groups=0"], ("forget.groups=0",)),
     "all of a class": (["forget=subset", "forget.of_class=1.0"], ("forget.of_class=1.0",)),
     "no inverse": (["method=tracin"], ("method=TracIn inverts no curvature, which unlearner=influence needs", "ekfac")),
+    "no inverse in the space of the weights": (
+        ["method=logra"],
+        ("method=Influence inverts no curvature, which unlearner=influence needs", "uncompressed"),
+    ),
     "no inverse, iterated": (
         ["method=loss", "unlearner=iterated_newton"],
         ("method=Loss inverts no curvature, which unlearner=iterated_newton needs",),
@@ -247,6 +251,13 @@ def test_what_means_nothing_ends_with_2_and_a_line(
     assert output.err.startswith("error: " + parts[0]), output.err
     assert all(part in output.err for part in parts), output.err
     assert not (tmp_path / "out").exists(), "nothing was trained"
+
+
+@pytest.mark.parametrize("group", ["unlearner=npo", "forget=random", "mask=none"])
+def test_what_only_unlearning_reads_is_refused_elsewhere(group: str) -> None:
+    for elsewhere in (["task=digits"], ["task=unlearning", "evaluation=[lds]"]):
+        with pytest.raises(UserError, match=f"^{group} changes nothing here; it goes with task=unlearning"):
+            config.compose([*elsewhere, group])
 
 
 def test_another_task_has_no_unlearner_of_its_own(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_a_run_of_soul_starts_with_a_tenth_of_the_gradient(monkeypatch: pytest.M
     assert 0.4 <= done.notes["clipped"] <= 0.6 and done.notes["gamma"] > 0
 
 
-def test_curvature_has_labels_of_the_models_own() -> None:
+def test_curvature_has_labels_of_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model that is sure of a wrong class, data labels would give a large gradient, its own labels none."""
     at = context()
     sure = {name: torch.zeros_like(p) for name, p in at.start.items()}
@@ -332,6 +332,10 @@ def test_curvature_has_labels_of_the_models_own() -> None:
     sure[last] = torch.tensor([0.0, 40.0, 0.0], dtype=torch.float64)
     model, rng = at.network(sure), torch.Generator().manual_seed(0)
     assert (soul.sampled_labels(at.task, model, at.retain.batch(), rng).targets == 1).all()
+    certain = replace(at, start=sure)
+    assert (certain.retain.targets != 1).any(), "the data say otherwise"
+    seen, _ = moments_of(monkeypatch, certain)
+    assert flat(seen[0].h).max() < 1e-12, "the run itself draws them"
     speaker = context("speaker")
     batch = speaker.retain.batch()
     drawn = soul.sampled_labels(speaker.task, speaker.network(speaker.start), batch, rng).targets

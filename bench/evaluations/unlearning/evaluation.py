@@ -90,7 +90,7 @@ class Unlearning:
         for key, part in (("unlearner", unlearner), ("forget", forget)):
             if part.uses is not None and not method.offers(part.uses):
                 lacks = {"solve": "inverts no curvature", "attribute": "scores no query"}[part.uses]
-                who = {"solve": "ekfac, cg, diagonal", "attribute": "ekfac, graddot, trak"}[part.uses]
+                who = {"solve": "ekfac, cg, diagonal, uncompressed", "attribute": "ekfac, graddot, trak"}[part.uses]
                 raise UserError(
                     "method", type(method).__name__, f"{lacks}, which {key}={part.name} needs", allowed=f"such as {who}"
                 )
