@@ -36,7 +36,6 @@ TO_GOLD = (
     "mia_auc",
     "mia_gap",
     "ks_d",
-    "ks_p",
 )
 UNLEARNED = ("tow", "tow_normalised", *ON_SETS, *TO_GOLD, "kl_forget_normalised")
 FIRST = (*LDS_LOO, *BIAS, *DETECTED, *UNLEARNED)  # then others, then LAST

@@ -1,6 +1,7 @@
 """Figures: every number of the table is a point, labels cover nothing, and the same table gives the same file."""
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -184,3 +185,36 @@ def test_detection_curves_go_through_the_shares_of_the_table(tmp_path: Path) -> 
     assert all(word in drawn for word in ("loss", "random", "chance", "oracle", "by value"))
     assert "by attribution" not in drawn and "tfidf" not in drawn
     assert figures.detection_curves(table(*ROWS), tmp_path / "b.png") == [] and not (tmp_path / "b.png").exists()
+
+
+def unlearned(*labels: str, unit: str = "nats") -> Table:
+    """A path a label."""
+    rows = tuple(Row(label, "influence", {"a": 1}, (0,), (), {}) for label in labels)
+    paths = {label: [(0.1, 0.1), (1.0, 0.2 + k)] for k, label in enumerate(labels)}
+    return Table("n", "c", "unlearning", "generated", "f", 9, "m", (), rows, (), (), paths=paths, unit=unit)
+
+
+def words(path: Path) -> list[str]:
+    """The lines of text of an SVG."""
+    return re.findall(r">([^<>]+)</t(?:ext|span)>", path.read_text())
+
+
+def test_paths_are_named_as_the_rows_of_the_table(tmp_path: Path) -> None:
+    labels = [f"influence by ekfac (unlearner.scale=1, unlearner.damping.value={value})" for value in ("0.01", "0.1")]
+    _, drawn = figures.unlearning_paths(unlearned(*labels, "npo (tune=true)", "npo (tune=false)"), tmp_path / "a")
+    said = " ".join(words(drawn))
+    assert all(label in said for label in (*labels, "npo (tune=true)", "npo (tune=false)"))
+
+
+def test_a_long_legend_stays_on_the_page(tmp_path: Path) -> None:
+    labels = [f"influence by ekfac (unlearner.scale=1, unlearner.damping.value={k})" for k in range(30)]
+    figures.unlearning_paths(unlearned(*labels), tmp_path / "a")
+    image = matplotlib.image.imread(tmp_path / "a.png")
+    edges = [image[0], image[-1], image[:, 0], image[:, -1]]
+    assert all((edge[:, :3] == 1).all() for edge in edges), "nothing is cut"
+
+
+@pytest.mark.parametrize("unit", ["nats", "nats a token"])
+def test_paths_say_the_unit_of_their_losses(unit: str, tmp_path: Path) -> None:
+    _, drawn = figures.unlearning_paths(unlearned("npo", unit=unit), tmp_path / "a")
+    assert {f"loss of the forget set, {unit}", f"loss of the retained rows, {unit}"} <= set(words(drawn))

@@ -199,6 +199,11 @@ def test_models_of_one_name_are_told_apart_in_the_caption() -> None:
     assert "mlp (hidden=[32])" in captions[0] and "mlp (hidden=[64])" in captions[1]
 
 
+def test_the_unit_of_losses_is_that_of_the_model() -> None:
+    assert only([run()]).unit == "nats"
+    assert only([run(fitness={"test_accuracy": 1.0, "test_loss_per_token": 0.1}), run("b")]).unit == "nats a token"
+
+
 def test_the_caption_says_on_what_the_numbers_stand() -> None:
     stored = [run(seed=s, fitness={"test_accuracy": 0.9 + s / 50}) for s in range(3)] + [run("random")]
     assert only(stored).caption == (
@@ -411,6 +416,49 @@ def test_pairs_are_made_over_the_seeds_that_both_have() -> None:
     table = only(stored)
     assert bold(table) == {"a", "b"}  # on seed 0 b is not worse; c is on seed 1; d shares none
     assert {d.row: round(d.difference, 12) for d in table.differences} == {"b": -0.01, "c": 0.3}
+
+
+def without_intervals(values: dict[str, list[float]]) -> Table:
+    """Figures that have one number a seed, the less the better."""
+    bare = {"low": None, "high": None, "better": "lower"}
+    return only([
+        run(name, seed, {"loss": metric(value, **bare)})
+        for name, by_seed in values.items()
+        for seed, value in enumerate(by_seed)
+    ])  # fmt: skip
+
+
+def test_without_replicates_rows_are_told_apart_over_seeds() -> None:
+    """Differences of .1, .2, .3: t = 2 √3, and with two degrees of freedom p = 1 − t / √(t² + 2)."""
+    table = without_intervals({"a": [0.1, 0.2, 0.3], "b": [0.2, 0.4, 0.6], "c": [1.1, 1.21, 1.29]})
+    assert bold(table) == {"a", "b"}
+    b, c = sorted(table.differences, key=lambda d: d.row)
+    assert (b.best, b.row, c.row) == ("a", "b", "c")
+    assert (b.difference, b.p) == pytest.approx((0.2, 1 - 12**0.5 / 14**0.5))
+    assert (b.low, b.high) == pytest.approx((0.2 - 4.302653 * 0.1 / 3**0.5, 0.2 + 4.302653 * 0.1 / 3**0.5))
+    assert c.p == pytest.approx(2 * (1 - (30000 / 30002) ** 0.5), rel=1e-3), "times two, by Holm"
+    assert bold(without_intervals({"a": [0.1, 0.2, 0.3], "c": [1.1, 1.21, 1.29]})) == {"a"}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_without_a_spread_nothing_is_best_or_worse(seeds: int) -> None:
+    table = without_intervals({"a": [0.1] * seeds, "b": [0.5, 0.6][:seeds]})
+    assert bold(table) == set() and table.differences == ()
+    table = without_intervals({"a": [0.01] * seeds, "b": [0.1, 0.2, 0.3], "c": [1.1, 1.21, 1.29]})
+    assert bold(table) == {"b"} and [d.row for d in table.differences] == ["c"], "a is out of the race"
+
+
+def test_two_seeds_that_both_have_are_no_spread() -> None:
+    bare = {"low": None, "high": None, "better": "lower"}
+    stored = [run("a", seed, {"loss": metric(0.1 + seed / 100, **bare)}) for seed in (0, 1, 2)]
+    stored += [run("b", seed, {"loss": metric(0.5 - seed / 9, **bare)}) for seed in (1, 2, 3)]
+    stored += [run("c", seed, {"loss": metric(0.9, **bare)}) for seed in (4, 5, 6)]
+    assert only(stored).differences == ()
+
+
+def test_what_differs_by_as_much_on_every_seed_is_not_tested() -> None:
+    assert without_intervals({"a": [0.0, 0.0, 0.0], "b": [1.0, 1.0, 1.0]}).differences == ()
+    assert bold(without_intervals({"a": [0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3]})) == {"a", "b"}
 
 
 def around_difference(tail: int, size: int = 199) -> np.ndarray:
@@ -629,6 +677,38 @@ def test_console_marks_the_best_by_an_asterisk_or_in_bold() -> None:
     assert not re.search(r"\x1b\[1m *0\.40 ", styled)
     starts = {line.index("[0.") for line in plain.replace("*", " ").splitlines() if "[0." in line}
     assert len(starts) <= 2 and plain.startswith(table.caption)
+
+
+MANY = {f"metric_{k}": metric(0.1 + k / 100) for k in range(12)}
+
+
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip().startswith(start)]
+
+
+def test_a_wide_console_table_of_few_rows_is_turned() -> None:
+    table = only([run("a", metrics=MANY), run("b", metrics={**MANY, "metric_3": metric(0.05)})])
+    text = to_console(table, bold=False)
+    assert max(map(len, text.splitlines())) <= 130
+    (head,) = lines_of(text, "a ")
+    assert head.split() == ["a", "b", "noise", "ceiling"]
+    (line,) = lines_of(text, "metric_3 ")
+    assert line.split("  ")[-1].strip() == "0.90" and "0.13 [0.03, 0.23]*" in line and "0.05 [-0.05, 0.15] " in line
+    assert line.index("0.13") < line.index("0.05 "), "below their methods"
+    for name in [*MANY, "seconds", "trainings", "peak memory"]:
+        assert len(lines_of(text, f"{name} ")) == 1
+    assert re.search(r"\x1b\[1m *0\.13 \[0\.03", to_console(table, bold=True, width=130))
+
+
+def test_a_console_table_that_fits_or_has_too_many_rows_is_not_turned() -> None:
+    narrow = to_console(only([run("a"), run("b")]), bold=False)
+    assert len(lines_of(narrow, "method ")) == 1 and "0.40" in lines_of(narrow, "a ")[0]
+    rows = [run(f"m{k}", metrics=MANY) for k in range(9)]
+    long = to_console(only(rows), bold=False)
+    assert max(map(len, long.splitlines())) <= 130
+    panels = len(lines_of(long, "method "))
+    assert panels > 1 and len(lines_of(long, "m4 ")) == panels, "the methods again in every panel"
+    assert all(name in long for name in MANY)
 
 
 def test_markdown() -> None:
