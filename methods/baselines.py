@@ -55,7 +55,7 @@ class GradNorm(Method):
         values = torch.empty(len(problem.train), dtype=torch.float64)
         for index, found in gradients(problem.task, model, problem.train, blocks, problem.task.objective.loss):
             problem.meter.gradients += len(index)
-            values[index] = -norms(plain(found)).double().cpu()
+            values[index] = -norms(plain(found))
         return values
 
 

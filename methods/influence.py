@@ -88,7 +88,7 @@ class Influence(Method):
             measured = source.collected(queries.select(rows), task.objective.measure, fitted.coordinates)
             rotated = fitted.precondition(measured, self.damping, task.recipe.l2)
             if self.similarity == "cosine":
-                lengths = sum_of_products(rotated, measured).double().cpu().sqrt()
+                lengths = sum_of_products(rotated, measured).sqrt()
             # Queries leave the coordinates once: training gradients, which are more, then need not enter them.
             solved = fitted.back(rotated)
             asked: Sequence[Gradient | Truncated] = solved
@@ -116,7 +116,7 @@ class Influence(Method):
             if self.similarity == "relatif":
                 squared = squared.sqrt()
             elif self.similarity == "theta_relatif":
-                squared = squared / norms(solved).double().cpu()
+                squared = squared / norms(solved)
             values[index] = -squared / len(problem.train)
         summed([values])
         return values
@@ -188,12 +188,12 @@ class Influence(Method):
             Gradient(b.block, b.of(a.values), b.columns) if a.columns is None else a
             for a, b in zip(solved, g, strict=True)
         ]
-        return sum_of_products(shared, g).double().cpu(), solved
+        return sum_of_products(shared, g), solved
 
     def _length(self, fitted: Fitted, found: Sequence[Factors], l2: float) -> Tensor:
         """What a training gradient is divided by, (B,)."""
         squared, solved = self._itself(fitted, found, l2)
-        return norms(solved).double().cpu() if self.similarity == "theta_relatif" else squared.sqrt()
+        return norms(solved) if self.similarity == "theta_relatif" else squared.sqrt()
 
     def _fit(self, problem: Problem, data: Sequence[Examples]) -> tuple[Source, Fitted]:
         """The curvature by the blocks that these examples reach, and where their gradients come from."""

@@ -57,7 +57,7 @@ class TracIn(Method):
                 scaled = g
                 if scales is not None:
                     scaled = [Gradient(x.block, x.values * x.of(d), x.columns) for x, d in zip(g, scales, strict=True)]
-                values[index] -= path * sum_of_products(scaled, g).double().cpu() / len(problem.train)
+                values[index] -= path * sum_of_products(scaled, g) / len(problem.train)
         return values
 
     def _checkpoints(self, problem: Problem) -> Iterator[tuple[float, Source, list[Tensor] | None]]:

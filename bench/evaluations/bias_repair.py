@@ -2,29 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
-from bench.evaluations.accuracy import gain, kept
+from bench.evaluations.accuracy import gain
 from bench.evaluations.agreement import seed_of
 from bench.evaluations.base import Case, Metric, NotApplicable
 from bench.evaluations.bias import need_own_test, need_traits, set_rankings, traits
 from bench.evaluations.detection import wrong_rows
-from bench.evaluations.repair import ACTIONS, relabelled
+from bench.evaluations.repair import Repairing
 from bench.statistics import Array, bootstrap_parts, spearman
-from tasks.base import Task, named_seed
-from tasks.errors import UserError, require
+from tasks.base import Task
+from tasks.training.plan import Plan
 
 RANKINGS = ("value", "less")  # the set that exposes the bias
 ENOUGH = 20  # pairs of equal quality, at least
 
 
 @dataclass(frozen=True)
-class BiasRepair:
-    """The first `share` of the training rows by suspicion (by value, and by attribution to the query set `less`) are
-    relabelled, each with its right label, or removed; `repeats` models are trained on the result and asked for the
-    pairs of the test split:
+class BiasRepair(Repairing):
+    """Rankings by value, and by attribution to the query set `less`; the models are asked for the test pairs:
 
     more_wins     how often the answer with more of the trait has the higher reward: of pairs of equal quality where the
                   facts name ENOUGH of them; else the mean of the rate where the label prefers more and of that where it
@@ -36,31 +35,16 @@ class BiasRepair:
     <ranking>_<action>_<figure>_change   figure − that after the same was done to as many random rows, a new draw and a
                                          new seed each repeat, the seed shared by both; oracle: wrong labels first
     random_<action>_<figure>, unrepaired_<figure>   what the changes are added to, and where all began
+
+    Changes of the bias are not ranked: a repair may overshoot, and what is right is where the oracle's ends.
     """
 
-    share: float
-    actions: tuple[str, ...]
-    repeats: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "actions", tuple(self.actions))
-        require(0 < self.share < 1, "truth.bias_repair.share", self.share, "0 < share < 1")
-        require(self.repeats >= 2, "truth.bias_repair.repeats", self.repeats, "2 or more: their spread is the noise")
-        for action in self.actions:
-            if action not in ACTIONS:
-                raise UserError("truth.bias_repair.actions", f"[{','.join(self.actions)}]", allowed=ACTIONS)
-        require(len(self.actions) > 0, "truth.bias_repair.actions", "[]", "one or more of " + ", ".join(ACTIONS))
-
-    def size(self, task: Task) -> int:
-        n, size = len(task.train), round(self.share * len(task.train))
-        require(0 < size < n, "truth.bias_repair.share", self.share, f"one that takes 1 to {n - 1} of {n} rows")
-        return size
+    name: ClassVar[str] = "bias_repair"
 
     def plan(self, task: Task, seed: int) -> None:
         """All trainings follow from rankings."""
-        need_traits(task, "bias_repair")
-        wrong_rows(task, "bias_repair")
+        need_traits(task, self.name)
+        wrong_rows(task, self.name)
         need_own_test(task, "query")
         asked_of(task)
         self.size(task)
@@ -71,11 +55,7 @@ class BiasRepair:
 
     def evaluate(self, case: Case) -> dict[str, Metric]:
         self.plan(case.task, case.seed)
-        task, size, asked = case.task, self.size(case.task), asked_of(case.task)
-        rng = np.random.default_rng(named_seed("bias repair", self.seed))
-        drawn = [rng.permutation(len(task.train))[:size].tolist() for _ in range(self.repeats)]
-        wrong = wrong_rows(task, "bias_repair")
-        oracle = np.argsort(~wrong, kind="stable")[:size]
+        task, size, drawn, asked = case.task, self.size(case.task), self.drawn(case.task), asked_of(case.task)
         chosen = {
             name: (np.argsort(helps, kind="stable")[:size], nan)
             for name, helps, nan, _ in set_rankings(case, "margin")
@@ -86,37 +66,30 @@ class BiasRepair:
         truth = {
             **asdict(self),
             "actions": list(self.actions),
-            "flips": int(wrong.sum()),
+            "flips": int(wrong_rows(task, self.name).sum()),
             "more_wins": f"{asked.at}, {len(asked.rows)} pairs",
         }
-        metrics = asked.levels("unrepaired", self._after(case, "remove", [[]] * self.repeats), truth)
+
+        def after(action: str, rows: Sequence[list[int]]) -> Array:
+            return self.after(case, action, rows, partial(margins, case))
+
+        metrics = asked.levels("unrepaired", after("remove", [[]] * self.repeats), truth)
         for action in self.actions:
-            random = self._after(case, action, drawn)
+            random = after(action, drawn)
             for name, (first, nan) in chosen.items():
-                after = self._after(case, action, [first.tolist()] * self.repeats)
-                metrics |= asked.changes(f"{name}_{action}", after, random, truth, nan)
-            best = self._after(case, action, [oracle.tolist()] * self.repeats)
+                repaired = after(action, [first.tolist()] * self.repeats)
+                metrics |= asked.changes(f"{name}_{action}", repaired, random, truth, nan)
+            best = after(action, [self.oracle(task)] * self.repeats)
             for key, metric in asked.changes(f"oracle_{action}", best, random, truth, 0).items():
                 metrics[key] = replace(metric, better=None)
             metrics |= asked.levels(f"random_{action}", random, truth)
         return metrics
 
-    def _after(self, case: Case, action: str, rows: Sequence[list[int]]) -> Array:
-        """Margins of the test pairs under the r-th model, after the action on the r-th rows, (repeats, T)."""
-        n, name = len(case.task.train), "bias_repair"
-        splits = {**case.task.splits, "query": case.task.splits["test"]}
-        asked = replace(case.task, splits=splits)
-        if action == "remove":
-            plan = kept(n, list(rows), self.seed, "truth.bias_repair")
-            return np.nan_to_num(case.retrain(name, plan, asked)["query"])
-        everything = kept(n, [[]] * len(rows), self.seed, "truth.bias_repair")
-        made: dict[tuple[int, ...], list[int]] = {}  # the repeats of one relabelling are trained together
-        for repeat, chosen in enumerate(rows):
-            made.setdefault(tuple(chosen), []).append(repeat)
-        found = np.empty((len(rows), len(splits["test"])))
-        for once, repeats in made.items():
-            found[repeats] = case.retrain(name, everything.select(repeats), relabelled(asked, once))["query"]
-        return np.nan_to_num(found)
+
+def margins(case: Case, plan: Plan, task: Task) -> Array:
+    """Of the test pairs after each training of the plan, (M, T)."""
+    asked = replace(task, splits={**task.splits, "query": task.splits["test"]})
+    return np.nan_to_num(case.retrain("bias_repair", plan, asked)["query"])
 
 
 @dataclass(frozen=True)
@@ -157,9 +130,9 @@ class Asked:
         means = [float(np.nan_to_num(spearman(*side)).mean()) for side in sides]
         parts = [bootstrap_parts(*side, "spearman", seed_of(truth)) for side in sides]
         return {
-            f"{name}_more_wins_change": gain(self.more_wins(one), self.more_wins(other), truth, nan, "lower"),
+            f"{name}_more_wins_change": gain(self.more_wins(one), self.more_wins(other), truth, nan, None),
             f"{name}_correlation_change": Metric(
-                means[0] - means[1], parts[0] - parts[1], one.shape[1], truth, nan=nan, better="lower"
+                means[0] - means[1], parts[0] - parts[1], one.shape[1], truth, nan=nan, better=None
             ),
             f"{name}_accuracy_change": gain((one > 0).astype(float), (other > 0).astype(float), truth, nan),
         }

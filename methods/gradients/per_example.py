@@ -303,10 +303,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_of_products(left: Sequence[Gradient], right: Sequence[Gradient]) -> Tensor:
-    """⟨l_i, r_i⟩ over all blocks, (B,); both in the same columns."""
-    return torch.stack([(l.values * r.values).flatten(1).sum(1) for l, r in zip(left, right, strict=True)]).sum(0)
+    """⟨l_i, r_i⟩ over all blocks, (B,), float64 on the CPU; both in the same columns. A square may be too small for the
+    dtype of a gradient that is not, so each l_i is divided by its largest entry first."""
+    largest = torch.stack([g.values.abs().flatten(1).amax(1) for g in left if g.values.shape[2]]).amax(0)
+    scale = torch.where(largest > 0, largest, 1.0)
+    parts = [((l.values / scale[:, None, None]) * r.values).flatten(1).sum(1) for l, r in zip(left, right, strict=True)]
+    return torch.stack(parts).sum(0).cpu().double() * scale.cpu().double()
 
 
 def norms(found: Sequence[Gradient]) -> Tensor:
-    """‖g_i‖ over all blocks, (B,)."""
+    """‖g_i‖ over all blocks, (B,), float64 on the CPU."""
     return sum_of_products(found, found).sqrt()

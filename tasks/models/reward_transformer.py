@@ -183,7 +183,7 @@ class PretrainedReward(RewardTransformer):
         with torch.random.fork_rng(devices=[]):
             network = load_reward(self)  # what cannot be loaded, or read so, is told before anything is trained
         require_positions(network.body, self.max_length)
-        require_one_pass(network, encoder(texts[:1]), self.files.place()["name"])
+        require_one_pass(network, encoder([max(texts, key=len)]), self.files.place()["name"])
         identity = {**self.files.fingerprint(), "max_length": self.max_length}
         if self.lora is not None:
             identity["lora"] = vars(self.lora)
@@ -213,8 +213,8 @@ def require_positions(body: nn.Module, max_length: int) -> None:
 
 @torch.no_grad()
 def require_one_pass(network: RewardNetwork, pair: dict[str, Tensor], name: str) -> None:
-    """Refuses a model that reads a pair in one pass otherwise than its two sides in two, as one does that looks back
-    over a window, or counts distances its own way."""
+    """Refuses a model that reads a `pair` (a long one tells more) in one pass otherwise than its two sides in two, as one
+    does that looks back over a window, or counts distances its own way."""
     ids, side = pair["input_ids"], pair["sides"]
     alone = [ids[:, (side[0] == 0) | (side[0] == s)] for s in (1, 2)]
     try:

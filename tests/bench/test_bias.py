@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from bench.evaluations.accuracy import kept
 from bench.evaluations.base import Case, NotApplicable
 from bench.evaluations.bias import Bias, query_sets, set_rankings, trait_lead
-from bench.evaluations.bias_repair import BiasRepair, asked_of
+from bench.evaluations.bias_repair import BiasRepair, asked_of, margins
 from bench.evaluations.labellers import Labellers, row_weights, skills
 from bench.statistics import Array, around, specificity_at, stratified_counts
 from methods.base import Unsupported
@@ -217,7 +218,7 @@ def test_the_oracle_takes_the_bias_away_and_a_method_that_knows_is_the_oracle(tm
             assert found[f"oracle_{key}"].better is None
         assert found[f"oracle_{action}_more_wins_change"].value < -0.05
         assert found[f"oracle_{action}_correlation_change"].value < -0.1
-        assert found[f"value_{action}_correlation_change"].better == "lower"
+        assert found[f"value_{action}_correlation_change"].better is None, "it may be lowered too far"
         assert found[f"less_{action}_correlation_change"].value > found[f"value_{action}_correlation_change"].value
     entry = found["value_relabel_correlation_change"].entry()
     assert entry["low"] < entry["value"] < entry["high"] and entry["value"] < -0.1
@@ -232,7 +233,7 @@ def test_the_oracle_takes_the_bias_away_and_a_method_that_knows_is_the_oracle(tm
     test = BIASED.splits["test"]
     with torch.no_grad():
         reward = model(test.inputs["x"]).numpy()
-    after = REPAIR._after(case(None, task=BIASED, store=tmp_path), "remove", [[], []])[1]
+    after = after_removal(REPAIR, case(None, task=BIASED, store=tmp_path), [[], []])[1]
     chosen = test.targets.numpy()
     assert after == pytest.approx(reward[np.arange(len(chosen)), chosen] - reward[np.arange(len(chosen)), 1 - chosen])
     trait = np.array([BIASED.facts[i].trait for i in test.ids])
@@ -244,6 +245,10 @@ def test_the_oracle_takes_the_bias_away_and_a_method_that_knows_is_the_oracle(tm
     )
 
 
+def after_removal(repair: BiasRepair, judged: Case, rows: list[list[int]]) -> Any:
+    return repair.after(judged, "remove", rows, partial(margins, judged))
+
+
 def test_random_repair_changes_nothing_against_itself(tmp_path: Path) -> None:
     """A method that chooses what random rows of the first repeat are has no change in that repeat."""
     first = np.random.default_rng(named_seed("bias repair", 0)).permutation(len(BIASED.train))[:24]
@@ -252,11 +257,11 @@ def test_random_repair_changes_nothing_against_itself(tmp_path: Path) -> None:
     repair = replace(REPAIR, actions=("remove",), repeats=2)
     judged = case(None, lambda: value, BIASED, tmp_path)
     found = repair.evaluate(judged)
-    one, other = (repair._after(judged, "remove", [first.tolist(), rows]) for rows in (first.tolist(), [0, 1]))
+    one, other = (after_removal(repair, judged, [first.tolist(), rows]) for rows in (first.tolist(), [0, 1]))
     assert np.array_equal(one[0], other[0]) and not np.array_equal(one[1], other[1])
     assert abs(found["value_remove_accuracy_change"].value) <= 1
     assert found["random_remove_accuracy"].value == pytest.approx(
-        (np.stack([one[0], repair._after(judged, "remove", drawn(2))[1]]) > 0).mean()
+        (np.stack([one[0], after_removal(repair, judged, drawn(2))[1]]) > 0).mean()
     )
 
 

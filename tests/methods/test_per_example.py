@@ -501,6 +501,17 @@ def test_products_over_all_blocks(name: str) -> None:
         assert close(norms(plain(found)), g[index].norm(dim=1))
 
 
+def test_a_gradient_whose_square_is_no_float32_has_a_length() -> None:
+    task = CASES["three_classes"]()
+    blocks = blocks_of(problem_of(task).model())
+    values = [torch.full((3, *block.shape), 1e-30) for block in blocks]
+    values[0][1], values[1][2] = 0.0, 1e8
+    found = [Gradient(block, v) for block, v in zip(blocks, values, strict=True)]
+    flat = torch.cat([v.double().flatten(1) for v in values], 1)
+    assert torch.allclose(norms(found), flat.norm(dim=1), rtol=1e-6)
+    assert norms([Gradient(block, 0 * v) for block, v in zip(blocks, values, strict=True)]).tolist() == [0, 0, 0]
+
+
 def test_collected_gradients_have_the_order_of_the_examples() -> None:
     task = bert()
     model = problem_of(task).model()
