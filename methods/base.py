@@ -223,9 +223,10 @@ class Method:
         """(N,): higher is more helpful, lower more suspicious; no query."""
         raise Unsupported(f"{type(self).__name__} has no value without a query")
 
-    def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    def solve(self, problem: Problem, vector: dict[str, Tensor], of: Sequence[Examples] = ()) -> dict[str, Tensor]:
         """(H + γI + λI)⁻¹ v at the explained parameters, H of the problem's training set; v and the answer by
-        parameter, zero for those that the method does not cover."""
+        parameter, zero for those that the method does not cover, and for rows of embeddings that neither the training
+        set looks up nor `of`, the examples whose gradients v is made of."""
         raise Unsupported(f"{type(self).__name__} inverts no curvature")
 
     def detail(self, problem: Problem, queries: Examples, by: str) -> dict[str, Tensor]:

@@ -124,10 +124,10 @@ class Influence(Method):
     def offers(self, name: str) -> bool:
         return super().offers(name) and (name != "solve" or isinstance(self.compression, Uncompressed))
 
-    def solve(self, problem: Problem, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    def solve(self, problem: Problem, vector: dict[str, Tensor], of: Sequence[Examples] = ()) -> dict[str, Tensor]:
         if not isinstance(self.compression, Uncompressed):
             raise Unsupported("compressed gradients have no inverse curvature in the parameters' own space")
-        source, fitted = self._fit(problem, [problem.train])
+        source, fitted = self._fit(problem, [problem.train, *of])
         parameter = next(source.model.parameters())
         given = {name: v.to(parameter.device, parameter.dtype)[None] for name, v in vector.items()}
         asked = [Gradient(block, from_parameters(block, given)) for block in source.blocks]

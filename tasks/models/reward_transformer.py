@@ -213,8 +213,8 @@ def require_positions(body: nn.Module, max_length: int) -> None:
 
 @torch.no_grad()
 def require_one_pass(network: RewardNetwork, pair: dict[str, Tensor], name: str) -> None:
-    """Refuses a model that reads a `pair` (a long one tells more) in one pass otherwise than its two sides in two, as one
-    does that looks back over a window, or counts distances its own way."""
+    """Refuses a model that reads a `pair` (a long one tells more) in one pass otherwise than its two sides in two, as
+    one does that looks back over a window, or counts distances its own way."""
     ids, side = pair["input_ids"], pair["sides"]
     alone = [ids[:, (side[0] == 0) | (side[0] == s)] for s in (1, 2)]
     try:

@@ -22,13 +22,19 @@ MOMENTS = ("mean", "square")  # of gradients, where the optimizer is Adam
 
 def explained(task: Task, seed: int, k: int, root: Path) -> Trajectory:
     """The k-th explained training of the run that the user calls `seed`; k = 0 is the run itself, others are
-    independent. Read from `root` where it is, else trained and kept; who comes second waits for the first."""
+    independent."""
     number = explained_seed(seed) if k == 0 else named_seed("explained", seed, "member", k)
+    return kept(task, number, root, f"{seed}-{k}")
+
+
+def kept(task: Task, number: int, root: Path, name: str) -> Trajectory:
+    """The training of this seed number, read from `root` where it is, else made and kept there under `name`; who comes
+    second waits for the first."""
     folder = root / f"{task.name}-{task.model}-{task.key()[:16]}-v{VERSION}"
-    path = folder / f"{seed}-{k}.safetensors"
+    path = folder / f"{name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{seed}-{k}.lock"):
+        with FileLock(folder / f"{name}.lock"):
             if path.exists():
                 found = _read(path, number)
                 if found is not None:

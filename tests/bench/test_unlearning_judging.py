@@ -30,7 +30,7 @@ from methods.base import Method
 from methods.curvature.cg import ConjugateGradients
 from methods.curvature.damping import Damping
 from methods.influence import Influence as InfluenceMethod
-from tasks.base import Examples, Task
+from tasks.base import Examples, Task, named_seed
 from tasks.errors import UserError
 from tasks.training.engines import Executor
 
@@ -268,13 +268,13 @@ def test_golds_are_paired_never_see_the_forget_set_and_are_trained_once(
 ) -> None:
     task, first = trained("classifier")
     seen: list[tuple[str, ...]] = []
-    train = gold.explained.__globals__["train"]
+    train = gold.kept.__globals__["train"]
 
     def watched(task: Task, *rest: Any, **more: Any) -> Any:
         seen.append(task.train.ids)
         return train(task, *rest, **more)
 
-    monkeypatch.setitem(gold.explained.__globals__, "train", watched)
+    monkeypatch.setitem(gold.kept.__globals__, "train", watched)
     golds = gold.retrained(task, FORGET, first, 0, tmp_path)
     again = gold.retrained(task, FORGET, first, 0, tmp_path)
     gone = {task.train.ids[i] for i in FORGET}
@@ -285,6 +285,10 @@ def test_golds_are_paired_never_see_the_forget_set_and_are_trained_once(
     assert all(torch.equal(a, flat(b.final)) for a, b in zip(ends, (*again.paired, again.new), strict=True))
     gold.retrained(task, (0, 1), first, 0, tmp_path)
     assert len(seen) == 6, "another forget set has golds of its own"
+    other = gold.retrained(task, FORGET, first, 1, tmp_path)
+    assert not torch.equal(flat(other.paired[0].final), ends[0]), "and so has another run"
+    members = {named_seed("explained", 0, "member", k) for k in range(1, 4)}
+    assert not members & {one.seed for one in (*golds.paired, golds.new)}, "a method with several models has no gold"
 
 
 def test_nobody_is_in_the_reference_that_judges_him(tmp_path: Path) -> None:

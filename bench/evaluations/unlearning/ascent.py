@@ -1,7 +1,6 @@
 """Gradient ascent on the forget set, alone or with descent on the retained rows."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -13,7 +12,8 @@ from bench.evaluations.unlearning.descend import Draw, FirstOrder, Objective
 class GradientAscent(FirstOrder):
     """Minimises −L_F (Jang et al. 2023, Knowledge unlearning). Nothing keeps the rest: it collapses in the end."""
 
-    reads: ClassVar[tuple[str, ...]] = ("forget",)
+    def reads(self, step: int) -> tuple[str, ...]:
+        return ("forget",)
 
     def prepared(self, context: Context) -> Objective:
         return lambda model, draw: -context.task.loss(model, draw.forget).mean()
@@ -39,7 +39,8 @@ class GradDiff(FirstOrder):
 class FineTune(FirstOrder):
     """Minimises L_R: the control that must barely forget."""
 
-    reads: ClassVar[tuple[str, ...]] = ("retain",)
+    def reads(self, step: int) -> tuple[str, ...]:
+        return ("retain",)
 
     def prepared(self, context: Context) -> Objective:
         return lambda model, draw: context.task.loss(model, draw.retain).mean()

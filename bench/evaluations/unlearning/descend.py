@@ -29,19 +29,22 @@ Objective = Callable[[nn.Module, Draw], Tensor]  # the loss of one step
 @dataclass(frozen=True)
 class FirstOrder(Unlearner):
     """Minimises `objective` from θ0 by AdamW (decay `weight_decay`, decoupled) with `batch` rows of F and as many of R
-    a step. `reads`: which of the two the objective uses; the others cost no gradient."""
+    a step."""
 
     steps: int
     lr: float
     batch: int
     weight_decay: float
 
-    reads: ClassVar[tuple[str, ...]] = ("forget", "retain")
     sides: ClassVar[int] = 1  # of objectives that take turns, each with moments of its own
 
     def side(self, step: int) -> int:
         """Whose turn it is."""
         return 0
+
+    def reads(self, step: int) -> tuple[str, ...]:
+        """Which of its two batches the objective uses; the other costs no gradient."""
+        return ("forget", "retain")
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "unlearner.steps", self.steps, "1 or more")
@@ -69,8 +72,8 @@ class FirstOrder(Unlearner):
             objective(model, draw).backward()
             updates[self.side(step)].step()
             restore(context, named)
-            read = len(f) * ("forget" in self.reads) + len(r) * ("retain" in self.reads)
-            context.problem.meter.gradients += read
+            read = self.reads(step)
+            context.problem.meter.gradients += len(f) * ("forget" in read) + len(r) * ("retain" in read)
             if step in kept_steps(self.steps):
                 path.append((step, state_of(model)))
         return Unlearned(tuple(path))

@@ -50,6 +50,9 @@ class Matching(FirstOrder):
         if self.predicted not in PREDICTIONS:
             raise UserError("unlearner.predicted", self.predicted, allowed=PREDICTIONS)
 
+    def reads(self, step: int) -> tuple[str, ...]:
+        return ("forget",)  # its retained rows are a sample of its own
+
     def prepared(self, context: Context) -> Objective:
         order = torch.randperm(len(context.retain), generator=context.generator("matched sample"))
         retain = context.retain.select(order[: self.sample])
@@ -60,6 +63,7 @@ class Matching(FirstOrder):
 
         def objective(model: nn.Module, draw: Draw) -> Tensor:
             index = next(rows)
+            context.problem.meter.gradients += len(index)
             parts = ((draw.forget, forget_to[draw.forget_index]), (retain.batch(index).to(device), retain_to[index]))
             return torch.stack(
                 [(context.task.measure(model, batch) - to.to(device)).square().mean() for batch, to in parts]

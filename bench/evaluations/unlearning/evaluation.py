@@ -263,13 +263,15 @@ def bought(case: Case, golds: Golds) -> Parameters:
 
 
 def judged_by(context: Context) -> dict[str, Examples]:
-    """The sets that every model is asked about."""
+    """The sets that every model is asked about. Where an unlearner may look at half of the test split, for want of
+    other strangers, it is judged by the other half."""
+    task = context.task
     return {
         "forget": context.forget,
         "retain": context.retain,
-        "test": context.task.splits["test"],
-        "neighbours": context.task.train.select(nearest(context)),
-        "nonmembers": strangers(context.task)[1],
+        "test": task.splits["test"] if "nonmembers" in task.splits else strangers(task)[1],
+        "neighbours": task.train.select(nearest(context)),
+        "nonmembers": strangers(task)[1],
     }
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from bench.evaluations.base import Unfit
 from bench.evaluations.unlearning.base import Parameters
-from tasks.base import Task, Trajectory
-from tasks.training.explained import explained
+from tasks.base import Task, Trajectory, named_seed
+from tasks.training.explained import kept
 from tasks.training.train import load
 
 PAIRED = (1, 2)  # the explained initialisation, orders of their own
@@ -52,17 +52,22 @@ def fingerprint(parameters: Parameters) -> str:
     return digest.hexdigest()
 
 
+def gold(task: Task, seed: int, k: int, models: Path) -> Trajectory:
+    """The k-th gold of the run that the user calls `seed`; no method's models have these seeds."""
+    return kept(task, named_seed("gold", seed, k), models, f"{seed}-gold-{k}")
+
+
 def retrained(task: Task, rows: tuple[int, ...], first: Trajectory, seed: int, models: Path) -> Golds:
     """The golds of one forget set and one explained run; trained now or read from `models`."""
     public = without(task.public(), rows)
     paired = from_start(public, first.initial)
-    golds = Golds(tuple(explained(paired, seed, k, models) for k in PAIRED), explained(public, seed, NEW, models))
-    for gold in (*golds.paired, golds.new):
-        if not all(torch.isfinite(p).all() for p in gold.final.values()):
-            raise Unfit(f"a training without the forget set diverged (loss {gold.final_loss})")
+    golds = Golds(tuple(gold(paired, seed, k, models) for k in PAIRED), gold(public, seed, NEW, models))
+    for one in (*golds.paired, golds.new):
+        if not all(torch.isfinite(p).all() for p in one.final.values()):
+            raise Unfit(f"a training without the forget set diverged (loss {one.final_loss})")
     return golds
 
 
 def control(task: Task, rows: tuple[int, ...], first: Trajectory, seed: int, models: Path) -> Trajectory:
     """One paired training without these rows, to compare another forget set with."""
-    return explained(from_start(without(task.public(), rows), first.initial), seed, PAIRED[0], models)
+    return gold(from_start(without(task.public(), rows), first.initial), seed, PAIRED[0], models)

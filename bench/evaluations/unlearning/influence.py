@@ -52,7 +52,7 @@ class Influence(OneShot):
             return method.solve(context.problem, combined((n_f / n, g_f), (-n_f / n, g_r)))
         share = n_f / (n - n_f)
         vector = combined((share, g_f), (share * context.task.recipe.l2, start))
-        return method.solve(context.at(start), vector)
+        return method.solve(context.at(start), vector, [forget])
 
 
 def damped(method: Method, damping: Any) -> Method:

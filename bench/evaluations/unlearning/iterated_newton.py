@@ -49,7 +49,7 @@ class IteratedNewton(Unlearner):
                 break
             g_f, g_r = mean_gradient(context, now, forget), mean_gradient(context, now, retain)
             vector = combined((self.push, g_f), (-1.0, g_r), (-context.task.recipe.l2, now))
-            direction = method.solve(context.at(now, step), vector)
+            direction = method.solve(context.at(now, step), vector, [forget])
             now = context.allowed(moved(now, direction, clipped(direction, self.radius)))
             path.append((step, now))
         reached = loss_of(context, now, forget)

@@ -44,7 +44,7 @@ def invalid(paraphrased: float, rows: int) -> str | None:
     if paraphrased <= LEAST_PARAPHRASE:
         return f"forget quality: the original answers {paraphrased:.2f} of the paraphrases, more than .5 are needed"
     if rows < LEAST_ROWS:
-        return f"forget quality: {rows} forgotten questions, {LEAST_ROWS} are needed"
+        return f"forget quality: {rows} forgotten questions with wrong answers, {LEAST_ROWS} are needed"
     return None
 
 
@@ -92,10 +92,12 @@ def judged(
         found[name] = {"truth_ratio": float(np.nanmean(ratios[name])), "model_utility": utility(parts)}
         if name == "original":
             paraphrased = float(right.correct.double().mean())
-    why = invalid(paraphrased, len(context.rows))
+    known = int(np.isfinite(ratios["original"]).sum())
+    why = invalid(paraphrased, known)
     if why is None:
         for name, ratio_of_set in ratios.items():
             gold = ratios[judge if name == "own" else "gold_2" if name == "gold_1" else "gold_1"]
             found[name]["forget_quality"] = forget_quality(ratio_of_set, gold)
-    said = {"truth_ratio": "geometric mean of P(wrong answer) over P(paraphrase), each to the power 1/tokens"}
+    ratio_is = f"geometric mean of P(wrong answer) over P(paraphrase), each to the power 1/tokens; of {known} rows"
+    said = {"truth_ratio": ratio_is}
     return found, {**said, **({} if why is None else {"left_out": why})}

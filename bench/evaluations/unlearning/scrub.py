@@ -47,6 +47,9 @@ class SCRUB(FirstOrder):
     def side(self, step: int) -> int:
         return int(step % 2 == 0 and step <= self.forget_share * self.steps)
 
+    def reads(self, step: int) -> tuple[str, ...]:
+        return ("forget",) if self.side(step) else ("retain",)
+
     def prepared(self, context: Context) -> Objective:
         teacher = context.network(context.start).requires_grad_(False)
 

@@ -94,7 +94,8 @@ class SOUL(GradDiff):
             f, r = next(forget_rows), next(retain_rows)
             draw = Draw(step, forget.batch(f).to(device), retain.batch(r).to(device), f, r)
             for name, g in gradient(objective(model, draw), named).items():
-                moments.m[name] = with_gradient(moments.m[name], g, self.betas[0])
+                may_move = 1 if context.mask is None else context.mask[name].to(g)
+                moments.m[name] = with_gradient(moments.m[name], g * may_move, self.betas[0])
             context.problem.meter.gradients += len(f) + len(r)
             if (step - 1) % self.every == 0:
                 batch = sampled_labels(task, model, draw.retain, labels)

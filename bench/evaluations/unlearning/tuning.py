@@ -1,9 +1,12 @@
 """Choosing settings without a look at a gold model."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
+
+import torch
 
 from bench.evaluations.unlearning.base import Context, Parameters, Unlearned, Unlearner
 from bench.evaluations.unlearning.measure import Measured, measured, strangers
@@ -22,7 +25,8 @@ def criterion(val: Measured, forget: Measured, others: Measured) -> float:
 
 
 def tuned(unlearner: Unlearner, context: Context) -> tuple[Unlearner, Unlearned, dict[str, Any]]:
-    """The best point of the grid by `criterion`, what it unlearned, and what was tried; the first of equals."""
+    """The best point of the grid by `criterion`, what it unlearned, and what was tried; the first of equals, and one
+    that diverged only where all did."""
     return best_of(unlearner, context, lambda parameters: judged(context, parameters))
 
 
@@ -34,8 +38,9 @@ def best_of(
     for point in points(unlearner.grid):
         one = replace(unlearner, **point)
         found = one.unlearn(context)
-        score = judge(found.final)
-        tried.append({**point, "criterion": score})
+        finite = all(torch.isfinite(p).all() for p in found.final.values())
+        score = judge(found.final) if finite else -math.inf
+        tried.append({**point, "criterion": score if finite else None})
         if best is None or score > best[0]:
             best = score, one, found, point
     assert best is not None  # an empty grid has one point, the settings as they are
