@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -230,11 +230,7 @@ def _judge(
     attribution, value = _scorers(problem, method, console, peak, kept)
     if config.detail is not None:
         with console.phase("detail", f"scores by {config.detail}"):
-            parts = _try(lambda: method.detail(problem, problem.task.splits["query"], config.detail), record) or {}
-        if not parts:
-            print(f"note: detail={config.detail}: {record['notes'][-1]}; nothing is written", file=sys.stderr)
-        kept.scores.update({f"detail/{name}": part.cpu().numpy() for name, part in parts.items()})
-        kept.ids.update({"query": task.splits["query"].ids, "train": task.train.ids} if parts else {})
+            _take_apart(config.detail, problem, method, record, kept)
     case = Case(
         task=task,
         seed=config.seed,
@@ -272,13 +268,29 @@ def _judge(
     if not kept.scores and not record["metrics"] and record["status"] == "ok":
         why = next(iter(record.get("notes", [])), "it offers nothing that is judged here")
         record |= {"status": "unsupported", "reason": f"method={record['method']}: {why}"}
-    attributed, meter = console.seconds.get("attribution", 0.0), problem.meter
+    record["cost"] = cost_of(problem, console.seconds, peak, kept)
+
+
+def _take_apart(by: str, problem: Problem, method: Method, record: dict[str, Any], kept: Kept) -> None:
+    """The queries' scores by layer or token, kept beside the scores."""
+    queries = problem.task.splits["query"]
+    parts = _try(lambda: method.detail(problem, queries, by), record) or {}
+    if not parts:
+        print(f"note: detail={by}: {record['notes'][-1]}; nothing is written", file=sys.stderr)
+        return
+    kept.scores.update({f"detail/{name}": part.cpu().numpy() for name, part in parts.items()})
+    kept.ids.update({"query": queries.ids, "train": problem.train.ids})
+
+
+def cost_of(problem: Problem, seconds: Mapping[str, float], peak: Peak, kept: Kept) -> dict[str, Any]:
+    """What the method has used: `seconds` by phase, its trainings, fits and updates, memory, gradients, disk."""
+    attributed, meter = seconds.get("attribution", 0.0), problem.meter
     gradients = torch.tensor([float(meter.gradients)], dtype=torch.float64)
     summed([gradients])  # of all processes
-    record["cost"] = {
+    return {
         "seconds": attributed + meter.seconds_of_trainings + meter.seconds_of_fits + meter.seconds_of_updates,
         "phases": {
-            **console.seconds,
+            **seconds,
             "trainings": meter.seconds_of_trainings,
             "fits_reused": meter.seconds_of_fits,
             "updates": meter.seconds_of_updates,
