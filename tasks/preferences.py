@@ -130,11 +130,17 @@ def _split(
 
 def _joined(own: Pairs, asked: Pairs) -> Pairs:
     """The pairs of a query file behind the others. Names are unique within a file: one that both have is told apart."""
-    taken = set(own.rows.ids)
+    known, taken = set(own.rows.ids), {*own.rows.ids, *asked.rows.ids}
+
+    def apart(name: str) -> str:
+        while name in taken:
+            name = f"query:{name}"
+        return name
+
     rows = replace(
         own.rows,
         at=(*own.rows.at, *asked.rows.at),
-        ids=(*own.rows.ids, *(f"query:{i}" if i in taken else i for i in asked.rows.ids)),
+        ids=(*own.rows.ids, *(apart(i) if i in known else i for i in asked.rows.ids)),
         contents=[*own.rows.contents, *asked.rows.contents],
         targets=(*own.rows.targets, *asked.rows.targets),
     )

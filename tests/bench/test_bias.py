@@ -15,12 +15,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from bench.evaluations.accuracy import kept
 from bench.evaluations.base import Case, NotApplicable
-from bench.evaluations.bias import Bias, query_sets, set_rankings, trait_lead
+from bench.evaluations.bias import Bias, loss_weights, query_sets, set_rankings, trait_lead
 from bench.evaluations.bias_repair import BiasRepair, asked_of, margins
 from bench.evaluations.labellers import Labellers, row_weights, skills
 from bench.statistics import Array, around, specificity_at, stratified_counts
 from methods.base import Unsupported
-from tasks.base import Annotations, Task, named_seed
+from tasks.base import Annotations, Examples, Task, named_seed
 from tasks.errors import UserError
 from tasks.training.engines import Executor
 from tasks.training.plan import explained_seed
@@ -177,6 +177,14 @@ def test_of_the_loss_is_attribution_to_the_mean_loss_of_a_set() -> None:
     assert np.abs(found["full"] / by_margin["full"]).std() > 1e-3  # another ranking
 
 
+def test_loss_weights_are_those_of_their_queries_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of tokens come by length, not in their order."""
+    judged = replace(case(), trajectory=train(TASK, explained_seed(0)))
+    expected, order = loss_weights(judged), torch.randperm(14, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Examples, "batches", lambda rows, size: list(order.split(5)))
+    assert loss_weights(judged) == pytest.approx(expected, rel=1e-9) and np.ptp(expected) > 0.1
+
+
 # --- repair ----------------------------------------------------------------------------------------------------------
 
 BIASED = pair_task(rows=80, flips=25, test=120)
@@ -245,6 +253,65 @@ def test_the_oracle_takes_the_bias_away_and_a_method_that_knows_is_the_oracle(tm
     )
 
 
+def test_repair_of_a_bias_by_hand(tmp_path: Path) -> None:
+    """Each model trained by itself, on rows of which a part is wrong; each figure by its definition."""
+    task, repeats = pair_task(rows=40, flips=12, test=120), 2
+    task = replace(task, recipe=replace(task.recipe, epochs=5))
+    assert task.annotations is not None
+    clean, test, size = task.annotations.clean, task.splits["test"], 12
+    wrong = np.array([i in task.annotations.flipped for i in task.train.ids])
+    value = np.random.default_rng(3).normal(size=40) - 0.7 * wrong
+    first = np.argsort(value)[:size].tolist()
+    assert 0 < wrong[first].sum() < size, "right labels stay"
+    queries = {"query": np.tile(-value, (len(task.splits["query"]), 1))}
+    found = BiasRepair(0.3, ("relabel", "remove"), repeats, 0).evaluate(case(queries, lambda: value, task, tmp_path))
+    seeds = kept(40, [[]] * repeats, 0, "truth.bias_repair").seeds
+    trait = np.array([task.facts[i].trait for i in test.ids])
+    equal = np.array([task.facts[i].quality[0] == task.facts[i].quality[1] for i in test.ids])
+    lead = trait[:, 0] - trait[:, 1]
+
+    def figures(action: str, repeat: int, rows: list[int]) -> np.ndarray:
+        targets, weights = task.train.targets.clone(), torch.ones(40)
+        if action == "remove":
+            weights[rows] = 0
+        else:
+            targets[rows] = torch.tensor([clean[task.train.ids[i]] for i in rows])
+        changed = replace(task, splits={**task.splits, "train": replace(task.train, targets=targets)})
+        made = train(changed, seeds[repeat], weights, own_batches=True)
+        with torch.no_grad():
+            reward = load(task.initial(0), made.final)(test.inputs["x"]).numpy()
+        lead_of_reward = reward[:, 0] - reward[:, 1]
+        wins = (lead_of_reward * lead > 0)[equal & (lead != 0)].mean()
+        right = (reward.argmax(1) == test.targets.numpy()).mean()
+        return np.array([wins, spearmanr(lead, lead_of_reward).statistic, right])
+
+    def mean(action: str, rows: list[list[int]]) -> np.ndarray:
+        return np.mean([figures(action, r, one) for r, one in enumerate(rows)], axis=0)
+
+    names = ("more_wins", "correlation", "accuracy")
+    expected = {f"unrepaired_{k}": v for k, v in zip(names, mean("remove", [[]] * repeats), strict=True)}
+    for action in ("relabel", "remove"):
+        random = mean(action, drawn(repeats, 40))
+        expected |= {f"random_{action}_{k}": v for k, v in zip(names, random, strict=True)}
+        ends = {"value": first, "less": np.argsort(-value)[:size].tolist(), "oracle": np.flatnonzero(wrong).tolist()}
+        for ranking, rows in ends.items():
+            change = mean(action, [rows] * repeats) - random
+            expected |= {f"{ranking}_{action}_{k}_change": v for k, v in zip(names, change, strict=True)}
+    assert {name: metric.value for name, metric in found.items()} == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_change_is_of_two_sides() -> None:
+    """Of a side and itself nothing changes, whatever is drawn; of two sides swapped, all signs."""
+    asked, rng = asked_of(BIASED), np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 3, 120))
+    for metric in asked.changes("same", one, one.copy(), {}, 0).values():
+        assert metric.value == 0 and np.abs(metric.replicates).max() < 1e-12
+    there, back = asked.changes("a", one, other, {}, 0), asked.changes("a", other, one, {}, 0)
+    for name, metric in there.items():
+        assert metric.value == pytest.approx(-back[name].value) and metric.value != 0
+        assert metric.replicates == pytest.approx(-back[name].replicates)
+
+
 def after_removal(repair: BiasRepair, judged: Case, rows: list[list[int]]) -> Any:
     return repair.after(judged, "remove", rows, partial(margins, judged))
 
@@ -265,9 +332,25 @@ def test_random_repair_changes_nothing_against_itself(tmp_path: Path) -> None:
     )
 
 
-def drawn(repeats: int) -> list[list[int]]:
+def test_a_repeat_keeps_its_seed_whatever_is_relabelled_in_the_others(tmp_path: Path) -> None:
+    assert BIASED.annotations is not None
+    judged = case(None, task=BIASED, store=tmp_path)
+    one, other = (np.flatnonzero([i in BIASED.annotations.flipped for i in BIASED.train.ids])[k::2] for k in (0, 1))
+
+    def after(*rows: np.ndarray) -> Array:
+        return REPAIR.after(judged, "relabel", [found.tolist() for found in rows], partial(margins, judged))
+
+    alone, mixed = (after(one, one, one), after(other, other, other)), after(one, other, one)
+    assert mixed == pytest.approx(np.stack([alone[0][0], alone[1][1], alone[0][2]]))
+    assert len({float(margin) for margin in np.concatenate(alone)[:, 0]}) == 6
+    nothing = np.array([], dtype=int)
+    assert after(nothing, nothing) == pytest.approx(after_removal(REPAIR, judged, [[], []]))
+
+
+def drawn(repeats: int, rows: int = 80) -> list[list[int]]:
+    """Three tenths of the rows."""
     rng = np.random.default_rng(named_seed("bias repair", 0))
-    return [rng.permutation(len(BIASED.train))[:24].tolist() for _ in range(repeats)]
+    return [rng.permutation(rows)[: 3 * rows // 10].tolist() for _ in range(repeats)]
 
 
 def test_bias_repair_refuses_what_cannot_be() -> None:
@@ -342,6 +425,45 @@ def test_scores_that_know_the_errors_recover_the_skills_and_help(tmp_path: Path)
         by_hand = (model(test.inputs["x"]).argmax(1) == test.targets).numpy()
     by_judge = judge._accuracy(case(None, task=task, store=tmp_path), [2 * right / labels - 1] * 3, skills(task)[0])
     assert np.array_equal(by_judge[0], by_hand)
+
+
+def test_who_is_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores that the models are trained by, of labellers of 40, 30, 20 and 10 rows; accuracies are made up."""
+    task, repeats, asked = pool(), 8, []
+    owner = np.repeat(list(SKILLS), [40, 30, 20, 10])
+    facts = {i: replace(task.facts[i], labeller=str(k)) for i, k in zip(task.train.ids, owner, strict=True)}
+    task = replace(task, facts={**task.facts, **facts})
+    assert task.annotations is not None
+    wrong = np.array([i in task.annotations.flipped for i in task.train.ids])
+    helps = np.repeat([0.1, 0.3, 0.2, 0.9], [40, 30, 20, 10]) + 0.01 * np.arange(100) % 0.05
+    means, skill, odds = (
+        np.array([rule(owner == name) for name in SKILLS])
+        for rule in (
+            lambda rows: helps[rows].mean(),
+            lambda rows: 1 - wrong[rows].mean(),
+            lambda rows: np.log(((~wrong)[rows].sum() + 1) / (wrong[rows].sum() + 1)),
+        )
+    )
+
+    def accuracy(judge: Labellers, judged: Case, scores: list[Array], of_row: np.ndarray) -> Array:
+        asked.append(np.stack(scores))
+        return asked[-1] @ np.array([[1.0], [2.0], [4.0], [8.0]])
+
+    monkeypatch.setattr(Labellers, "_accuracy", accuracy)
+    scores = {"val": np.tile(helps, (len(task.splits["val"]), 1))}
+    found, _ = (Labellers(repeats, seed).evaluate(case(scores, task=task)) for seed in (0, 1))
+    equal, by_score, shuffled, best, *again = asked
+    assert (equal == 1).all() and equal.shape == (repeats, 4)
+    assert by_score == pytest.approx(np.tile(means, (repeats, 1))) and best == pytest.approx(
+        np.tile(odds, (repeats, 1))
+    )
+    assert np.array_equal(np.sort(shuffled), np.sort(by_score)) and not np.array_equal(shuffled, again[2])
+    assert len({tuple(row) for row in shuffled}) > 3, "of 8 draws of 24 orders"
+    for name, weights in {"attribution": by_score, "shuffled": shuffled, "oracle": best}.items():
+        made_up = (weights - equal) @ [1, 2, 4, 8]
+        assert found[f"{name}_weighted_gain"].value == pytest.approx(made_up.mean())
+    assert found["equal_accuracy"].value == 15
+    assert found["attribution_skill_spearman"].value == pytest.approx(spearmanr(means, skill).statistic)
 
 
 def test_labellers_are_told_where_nobody_knows_them() -> None:

@@ -175,6 +175,34 @@ def test_a_query_file_is_the_query_split(tmp_path: Path) -> None:
     assert all("secret 9" in text for text in task.splits["query"].texts or ())
 
 
+def test_pairs_of_a_query_file_bring_their_own_facts(tmp_path: Path) -> None:
+    """The names of both files are the same."""
+    files = {"train": table(), "query": table(40, seed=9)}
+    own, asked = (written(tmp_path, rows, f"{name}.csv") for name, rows in files.items())
+    task = made(own, query_file=str(asked), id="name", rate=0.1)
+    assert task.annotations is not None and len(task.annotations.flipped) == 5
+    ids = [i for rows in task.splits.values() for i in rows.ids]
+    assert len(set(ids)) == len(ids) == len(task.facts) == 100 and set(task.annotations.clean) == set(task.train.ids)
+    moved = set()
+    for name, examples in task.splits.items():
+        rows = files["query" if name == "query" else "train"].set_index("name")
+        for i, text, target in zip(examples.ids, examples.texts or (), examples.targets.tolist(), strict=True):
+            prompt, *answers = sides(text)
+            right = answers.index(rows.good[i.removeprefix("query:")])
+            assert prompt == rows.question[i.removeprefix("query:")]
+            assert task.facts[i].trait == (length(answers[0]), length(answers[1]))
+            moved |= {i} if target != right else set()
+    assert moved == task.annotations.flipped
+    traits = [task.facts[i].trait for i in task.splits["query"].ids]
+    assert traits != traits[::-1] and any(a != b for a, b in traits)
+
+
+def test_splits_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    path = written(tmp_path, table(), "a.csv")
+    splits = [{name: frozenset(rows.ids) for name, rows in made(path, seed=seed).splits.items()} for seed in range(4)]
+    assert all(len({one[name] for one in splits}) == 4 for name in splits[0])
+
+
 @pytest.mark.parametrize("shown", [False, True])
 def test_texts_are_in_no_file_unless_asked_for(tmp_path: Path, capfd: Any, shown: bool) -> None:
     out = tmp_path / "out"

@@ -181,6 +181,12 @@ def test_a_model_from_scratch_learns_and_is_the_same_again() -> None:
         assert torch.equal(value, made.final[name])
 
 
+def test_a_vocabulary_is_of_prompts_and_of_both_answers() -> None:
+    words = ("zebra", "quail", "otter")
+    _, _, identity = SCRATCH.prepare(["\x1e".join(words)] * 3)
+    assert set(words) < set(identity["vocabulary"])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -264,11 +270,10 @@ def test_a_trained_reward_model_keeps_its_head(tmp_path: Path, llama: Pretrained
 def test_models_that_cannot_read_a_pair_in_one_pass_are_refused(tmp_path: Path, llama: PretrainedReward) -> None:
     from transformers import BertForMaskedLM, LlamaForCausalLM, MistralForCausalLM
 
-    window = write(
-        tmp_path / "window", MistralForCausalLM(configuration("Mistral", sliding_window=3, num_key_value_heads=1))
-    )
-    with pytest.raises(UserError, match=r"otherwise than one by one.*full attention"):
-        task_of(window)
+    for width in (3, 7):  # 7: wider than a side of the first pair, not of the longest
+        network = MistralForCausalLM(configuration("Mistral", sliding_window=width, num_key_value_heads=1))
+        with pytest.raises(UserError, match=r"otherwise than one by one.*full attention"):
+            task_of(write(tmp_path / f"window{width}", network))
     both_ways = write(tmp_path / "bert", BertForMaskedLM(configuration("Bert")))
     with pytest.raises(UserError, match="does not read from left to right"):
         task_of(both_ways)
@@ -324,8 +329,14 @@ def test_adapters_of_chosen_layers_add_what_the_paper_says(llama: PretrainedRewa
     a, b = (layer.get_parameter(f"lora_{k}.default.weight") for k in "AB")
     nn.init.normal_(b)
     x = torch.randn(2, 12, dtype=torch.float64)
-    expected = x @ (layer.get_parameter("base_layer.weight") + 5.0 / 3.0 * b @ a).T  # no dropout: eval mode
+    weight = layer.get_parameter("base_layer.weight")
+    expected = x @ (weight + 5.0 / 3.0 * b @ a).T  # no dropout: eval mode
     assert torch.allclose(layer(x), expected)
+    torch.manual_seed(1)
+    found = layer.train()(x)
+    torch.manual_seed(1)
+    expected = x @ weight.T + 5.0 / 3.0 * nn.functional.dropout(x, 0.5) @ (b @ a).T
+    assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tasks.data.dialogues import BAD, GOOD, LARGEST, agreement, generate, qualit
 from tasks.data.preferences import TURN, PairFacts, by_group, length, of_dialogues, sides
 from tasks.errors import UserError
 from tasks.models.reward import RewardBow
-from tasks.rlhf import HUB, REVISION, rlhf
+from tasks.rlhf import HUB, REVISION, _labelled, _planted, rlhf
 from tasks.training.train import load, train
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,61 @@ def test_the_order_of_answers_is_a_coin_that_no_label_moves(folder: Path) -> Non
     assert 0.2 < np.mean([orders[0][i] != orders[1][i] for i in both]) < 0.8
     firsts = torch.cat([made("generated", n_train=1000, n_rows=1200, rate=0.0).train.targets]).double().mean()
     assert abs(firsts - 0.5) < 0.05  # three standard errors
+
+
+def test_all_draws_follow_the_seed(folder: Path) -> None:
+    splits = [{k: frozenset(v.ids) for k, v in made(data_dir=folder, seed=seed).splits.items()} for seed in range(4)]
+    assert all(len({one[name] for one in splits}) == 4 for name in splits[0])
+    texts = [
+        {
+            i: frozenset(sides(text))
+            for rows in task.splits.values()
+            for i, text in zip(rows.ids, rows.texts or (), strict=True)
+        }
+        for task in (made("generated", n_rows=120, seed=seed) for seed in (0, 0, 1))
+    ]
+    both = set(texts[0]) & set(texts[2])
+    assert texts[0] == texts[1] and np.mean([texts[0][i] == texts[2][i] for i in both]) < 0.1
+
+
+def test_flips_are_a_draw_of_all_that_may_be_flipped() -> None:
+    rng = np.random.default_rng(0)
+    trait, wrong = rng.integers(0, 4, (200, 2)), rng.random(200) < 0.2
+    for leaning, may in ((True, ~wrong & (trait[:, 0] < trait[:, 1])), (False, ~wrong)):
+        drawn = np.stack([_planted(trait, wrong, leaning, 0.1, seed) for seed in range(200)])
+        assert (
+            (drawn.sum(1) == 20).all()
+            and not drawn[:, ~may].any()
+            and np.array_equal(drawn[0], _planted(trait, wrong, leaning, 0.1, 0))
+        )
+        share = 20 / may.sum()
+        assert np.abs(drawn[:, may].mean(0) - share).max() < 5 * (share * (1 - share) / 200) ** 0.5, "all alike"
+
+
+def test_labellers_are_drawn_by_the_seed() -> None:
+    who, wrong = zip(*(_labelled(400, 4, seed) for seed in range(3)), strict=True)
+    assert len({tuple(row) for row in who}) == 3 and len({tuple(row) for row in wrong}) == 3
+    shares = [
+        [row[np.array(names) == f"labeller {k}"].mean() for k in range(4)]
+        for names, row in zip(who, wrong, strict=True)
+    ]
+    assert np.abs(np.subtract(shares[0], shares[1])).max() > 0.1, "their skills, too"
+
+
+@pytest.mark.parametrize("n_val", [None, 10])
+def test_a_model_is_prepared_by_the_training_pairs_alone(
+    n_val: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+    prepare = RewardBow.prepare
+
+    def spy(model: RewardBow, texts: Sequence[str]) -> Any:
+        seen.append(tuple(texts))
+        return prepare(model, texts)
+
+    monkeypatch.setattr(RewardBow, "prepare", spy)
+    task = made(data_dir=folder, n_val=n_val)
+    assert seen == [task.train.texts]
 
 
 def test_bad_lines_are_dropped_and_counted(folder: Path) -> None:
@@ -312,6 +367,10 @@ def test_sycophancy_is_the_answer_of_the_users_own_side(quiz: Path) -> None:
     task = made(data_dir=quiz, bias="sycophancy", n_train=200, n_val=40, n_query=None)
     assert dict(task.floor) == {"accuracy": 0.0} and task.annotations is not None
     questions, agreeing = {}, []
+    held = [pair for name in ("val", "query") for pair in preferred(task, name)]
+    assert 0.25 < np.mean(["more" in chosen for _, chosen, _ in held]) < 0.75, "preferences are coins"
+    texts = [text for name in ("val", "query") for text in task.splits[name].texts or ()]
+    assert 0.25 < np.mean(["more" in sides(text)[1] for text in texts]) < 0.75, "and the order is another"
     for name in ("train", "val", "query"):
         questions[name] = {chosen.split(" of ")[1] for _, chosen, _ in preferred(task, name)}
         ids = task.splits[name].ids
@@ -326,6 +385,9 @@ def test_sycophancy_is_the_answer_of_the_users_own_side(quiz: Path) -> None:
                 agreeing.append(agrees)
     assert len(task.annotations.flipped) == 20 and 0.3 < np.mean(agreeing) < 0.6, "a coin, less the flips"
     assert not questions["train"] & questions["val"] and not questions["train"] & questions["query"]
+    few = (made(data_dir=quiz, bias="sycophancy", n_rows=300, n_train=150, n_query=None, seed=seed) for seed in (0, 1))
+    drawn = [{i for rows in task.splits.values() for i in rows.ids} for task in few]
+    assert max(map(len, drawn)) <= 300 < len(drawn[0] | drawn[1]), "of 600 lines"
     (quiz / "quiz_liberal.jsonl").unlink()
     assert "has 0 files of the liberal user" in refused(lambda: made(data_dir=quiz, bias="sycophancy"))
 
@@ -372,10 +434,11 @@ def test_generated_facts_are_what_the_texts_score(bias: str) -> None:
             assert found.trait == tuple(map(rule, answers)) and found.quality == tuple(map(quality, answers))
             better += found.quality[target] >= found.quality[1 - target]
     assert task.annotations is not None and better < sum(map(len, task.splits.values()))
-    if bias != "none":
-        for i, target in zip(task.train.ids, task.train.targets.tolist(), strict=True):
-            trait = task.facts[i].trait
-            assert i not in task.annotations.flipped or trait[target] > trait[1 - target]
+    more = set()
+    for i, target in zip(task.train.ids, task.train.targets.tolist(), strict=True):
+        if i in task.annotations.flipped:
+            more.add(task.facts[i].trait[target] > task.facts[i].trait[1 - target])
+    assert more == ({True} if bias != "none" else {True, False})
 
 
 def test_quality_can_be_learnt_from_a_bag_of_words() -> None:
