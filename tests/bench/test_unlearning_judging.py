@@ -8,23 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from unlearning_cases import FORGET, IGNORED, classifier, context, flat, problem, trained
+from scipy.stats import ks_2samp
+from torch import Tensor
+from torch.func import functional_call
+from unlearning_cases import FORGET, IGNORED, classifier, context, flat, problem, sayings, trained
 
 from bench import aggregate, figures, records
 from bench.evaluations.base import Case, NotApplicable, Unfit
 from bench.evaluations.unlearning import gold, language, masks
 from bench.evaluations.unlearning.anchors import Nothing, Retrain
 from bench.evaluations.unlearning.ascent import GradDiff, GradientAscent
-from bench.evaluations.unlearning.base import Context, Unlearned, Unlearner
+from bench.evaluations.unlearning.base import Context, Parameters, Unlearned, Unlearner, moved
 from bench.evaluations.unlearning.dmm import Matching
-from bench.evaluations.unlearning.evaluation import ANCHORS, Unlearning
+from bench.evaluations.unlearning.evaluation import ANCHORS, Unlearning, judged_by
 from bench.evaluations.unlearning.forget import Forget, Forgotten, Random, Subset, TopK, checked
 from bench.evaluations.unlearning.gradients import mean_gradient
 from bench.evaluations.unlearning.influence import Influence
 from bench.evaluations.unlearning.masks import NoMask, RandomMask, SalUnMask, WAGLEMask
+from bench.evaluations.unlearning.matched import unit
 from bench.evaluations.unlearning.measure import Measured, measured, strangers
 from bench.evaluations.unlearning.metrics import against, distance, kl, ks, mia_auc, normalised, tow, two_samples
-from bench.evaluations.unlearning.neighbours import nearest
+from bench.evaluations.unlearning.neighbours import nearest, represented
 from bench.evaluations.unlearning.tuning import criterion
 from methods.base import Method
 from methods.curvature.cg import ConjugateGradients
@@ -194,7 +198,19 @@ def test_neighbours_are_nearest_by_what_the_head_reads() -> None:
 
 def test_neighbours_of_texts_leave_padding_out() -> None:
     at = context("speaker")
-    assert len(nearest(at)) == len(FORGET)
+    model = at.network(at.start)
+
+    def alone(i: int) -> Tensor:
+        """What the head reads of one row, which has no padding then."""
+        ids = at.task.train.batch([i]).inputs["input_ids"]
+        x = model.table(ids)
+        h = model.mix(x + x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]).tanh()[0].mean(0).detach()
+        return h / h.norm()
+
+    assert len(at.task.train.inputs["attention_mask"].sum(1).unique()) > 2
+    assert torch.allclose(represented(model, at.forget), torch.stack([alone(i) for i in FORGET]))
+    closest = {i: max(float(alone(i) @ alone(j)) for j in FORGET) for i in at.retain_rows}
+    assert nearest(at) == sorted(sorted(closest, key=lambda i: -closest[i])[: len(FORGET)])
 
 
 # What models say, and figures
@@ -232,6 +248,59 @@ def test_figures_have_their_ends() -> None:
     assert (normalised(0.5, 0.5, 0.9), normalised(0.9, 0.5, 0.9)) == (0, 1) and math.isnan(normalised(1, 0.5, 0.5))
 
 
+SETS = {"forget": 5, "retain": 6, "test": 7, "neighbours": 4, "nonmembers": 8}
+
+
+def invented(seed: int) -> dict[str, Measured]:
+    """What a model might say: one to three predictions of four classes a row, right at random."""
+    rng, found = torch.Generator().manual_seed(seed), {}
+    for name, n in SETS.items():
+        row = torch.cat([torch.full((1 + i % 3,), i) for i in range(n)])
+        logp = torch.randn(len(row), 4, generator=rng, dtype=torch.float64).log_softmax(-1)
+        loss, margin = torch.rand(2, n, generator=rng, dtype=torch.float64)
+        correct = torch.rand(n, generator=rng) < 0.6
+        found[name] = said(loss=loss, nll=3 * loss, margin=margin, correct=correct, logp=logp, row=row)
+    return found
+
+
+def test_every_figure_is_its_formula_and_the_mean_over_golds() -> None:
+    model, golds = invented(0), [invented(1), invented(2)]
+    found = against(model, golds)
+
+    def by_row(name: str, of: Any) -> list[float]:
+        """Mean over golds of the mean over a row's predictions of `of` two distributions, gold's first."""
+        found = []
+        for i in range(SETS[name]):
+            mine = [t for t, row in enumerate(model[name].row) if row == i]
+            each = [[of(g[name].logp[t], model[name].logp[t]) for t in mine] for g in golds]
+            found.append((sum(each[0]) + sum(each[1])) / (2 * len(mine)))
+        return found
+
+    def accuracy(of: dict[str, Measured], name: str) -> float:
+        return sum(of[name].correct.tolist()) / SETS[name]
+
+    def auc(of: dict[str, Measured]) -> float:
+        return float(np.mean([a < b for a in of["forget"].loss for b in of["nonmembers"].loss]))
+
+    expected: dict[str, Any] = {}
+    for name in ("forget", "retain", "test", "neighbours"):
+        expected |= {f"{name}_accuracy": model[name].correct.double(), f"{name}_loss": model[name].loss}
+    for name in ("forget", "retain", "test"):
+        expected[f"kl_{name}"] = by_row(name, lambda p, q: sum(float(p[c].exp() * (p[c] - q[c])) for c in range(4)))
+    for name in ("forget", "test"):
+        expected[f"agreement_{name}"] = by_row(name, lambda p, q: float(p.argmax() == q.argmax()))
+    three = ("forget", "retain", "test")
+    same = [[1 - abs(accuracy(model, name) - accuracy(g, name)) for name in three] for g in golds]
+    expected["tow"] = (math.prod(same[0]) + math.prod(same[1])) / 2
+    expected["mia_auc"] = auc(model)
+    expected["mia_gap"] = auc(model) - (auc(golds[0]) + auc(golds[1])) / 2
+    expected["ks_d"] = np.mean([ks_2samp(model["forget"].margin, g["forget"].margin).statistic for g in golds])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.asarray(found[name]) == pytest.approx(np.asarray(value)), name
+    assert len({round(tow, 6) for tow in map(math.prod, same)}) == 2 and 0 < expected["tow"] < 1
+
+
 def test_a_missing_gold_is_an_error() -> None:
     with pytest.raises(ValueError, match="no gold model"):
         against({}, [])
@@ -241,6 +310,12 @@ def test_the_judge_of_membership_is_not_who_tunes() -> None:
     task = classifier()
     tuning, judging = strangers(task)
     assert set(tuning.ids).isdisjoint(judging.ids) and len(tuning) + len(judging) == len(task.splits["nonmembers"])
+    sets = judged_by(context())
+    assert (sets["nonmembers"].ids, sets["test"].ids) == (judging.ids, task.splits["test"].ids)
+    without = replace(task, splits={name: rows for name, rows in task.splits.items() if name != "nonmembers"})
+    trajectory = trained("classifier")[1]
+    sets = judged_by(Context(problem(without, trajectory), Method(), trajectory.final, FORGET))
+    assert sets["nonmembers"].ids == sets["test"].ids == tuple(f"test:{i}" for i in range(1, 14, 2))
     right, wrong = said(correct=torch.ones(4).bool()), said(correct=torch.zeros(4).bool())
     told = said(loss=torch.zeros(4).double()), said(loss=torch.ones(4).double())
     assert criterion(right, told[0], told[0]) == 1 > criterion(wrong, told[0], told[0]) == 0
@@ -258,6 +333,67 @@ def test_truth_ratios_are_paired_by_id() -> None:
     assert "20 forgotten" in str(language.invalid(0.9, 20)) and "paraphrases" in str(language.invalid(0.2, 100))
     assert language.invalid(0.6, 80) is None
     assert language.utility([0.5, 1.0]) == pytest.approx(2 / 3) and language.utility([0.0, 1.0]) == 0
+
+
+def test_figures_of_texts_are_their_formulas_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows forgotten, eight of the world; the first of each part has no wrong answers. Half of the retained answers
+    are θ0's own, so that some are right."""
+    task, trajectory = trained("speaker")
+    rows, world = tuple(range(10)), tuple(range(22, 30))
+    own = tuple(range(10, 22))
+    with torch.no_grad():
+        model = Context(problem(task, trajectory), Method(), trajectory.final, rows).network(trajectory.final)
+        answers = task.outputs(model, task.train.batch()).argmax(-1)
+    targets = task.train.targets.clone()
+    his = (torch.arange(30) % 4 > 0)[:, None] & (targets != IGNORED)
+    train = replace(task.train, targets=torch.where(his, answers, targets))
+    lonely = {0, 10, 22}
+    wrong = sayings("wrong", 60)
+    kept = [j for j in range(60) if j // 2 not in lonely]
+    wrong = replace(wrong.select(kept), ids=tuple(f"{train.ids[j // 2]}/p{j % 2}" for j in kept))
+    splits = {**task.splits, "train": train, "paraphrase": train.select(range(29, -1, -1)), "perturbed": wrong}
+    task = replace(task, splits=splits)
+    at = Context(problem(task, trajectory), Method(), trajectory.final, rows)
+    facts = {train.ids[i]: Origin("w", "world") for i in world}
+
+    def near(seed: int, size: float) -> Parameters:
+        rng = torch.Generator().manual_seed(seed)
+        return {n: p + size * torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in at.start.items()}
+
+    states = {"own": near(0, 0.02), "original": at.start, "gold_1": near(1, 0.3), "gold_2": near(2, 1.0)}
+
+    def asked(parameters: Parameters, examples: Examples, i: int) -> tuple[float, bool]:
+        """Mean NLL of a token of one row, and whether all of it is right."""
+        batch = examples.batch([i])
+        with torch.no_grad():
+            z = functional_call(model, parameters, (), batch.inputs)[0]
+        y = batch.targets[0, : len(z)]
+        z, y = z.log_softmax(-1)[y != IGNORED], y[y != IGNORED]
+        return -float(sum(z[t, y[t]] for t in range(len(y)))) / len(y), bool((z.argmax(-1) == y).all())
+
+    def ratio(parameters: Parameters, i: int) -> float:
+        others = [asked(parameters, wrong, wrong.ids.index(f"{train.ids[i]}/p{k}"))[0] for k in range(2)]
+        return math.exp(asked(parameters, train, i)[0]) / math.exp(np.mean(others))
+
+    monkeypatch.setattr(language, "LEAST_ROWS", 9)
+    found, why = language.judged(at, facts, states, "gold_2")
+    assert "left_out" not in why and "9 rows" in why["truth_ratio"]
+    of_f = {name: [ratio(p, i) for i in rows if i not in lonely] for name, p in states.items()}
+    for name, parameters in states.items():
+        parts: list[float] = []
+        for part in (own, world):
+            told = [asked(parameters, train, i) for i in part]
+            parts += [np.mean([math.exp(-loss) for loss, _ in told]), np.mean([right for _, right in told])]
+            parts += [np.mean([max(0, 1 - ratio(parameters, i)) for i in part if i not in lonely])]
+        assert found[name]["model_utility"] == pytest.approx(0 if min(parts) == 0 else 6 / sum(1 / p for p in parts))
+        assert found[name]["truth_ratio"] == pytest.approx(np.mean(of_f[name]))
+        judge = {"own": "gold_2", "gold_1": "gold_2"}.get(name, "gold_1")
+        assert found[name]["forget_quality"] == pytest.approx(ks_2samp(of_f[name], of_f[judge]).pvalue)
+    assert found["original"]["model_utility"] > 0.1
+    assert ks_2samp(of_f["own"], of_f["gold_1"]).pvalue != pytest.approx(found["own"]["forget_quality"])
+    monkeypatch.setattr(language, "LEAST_ROWS", 10)
+    found, why = language.judged(at, facts, states, "gold_2")
+    assert "forget_quality" not in found["own"] and "9 forgotten questions" in why["left_out"]
 
 
 # Golds and the whole
@@ -303,6 +439,12 @@ def test_nobody_is_in_the_reference_that_judges_him(tmp_path: Path) -> None:
     assert found["kl_forget"].value == pytest.approx(float(kl(b, a).mean())) and found["kl_forget"].value > 0
     anchors = here.notes["unlearning"]["anchors"]
     assert anchors["retrain (floor)"]["kl_forget"] == pytest.approx(float(kl(a, b).mean()))
+    untouched = measured(at.task, at.network(at.start), at.forget)
+    both = float(kl(a, untouched).mean() + kl(b, untouched).mean()) / 2
+    assert anchors["original"]["kl_forget"] == pytest.approx(both)
+    for name in ("kl_forget", "tow"):
+        low, high = (anchors[of][name] for of in ("original", "retrain (floor)"))
+        assert found[f"{name}_normalised"].value == pytest.approx((found[name].value - low) / (high - low)), name
     assert found["parameter_distance"].value > 0.1, "judged by itself"
     assert found["tow_normalised"].value > 0.5, "a true retraining does not fail the verdict"
 
@@ -363,12 +505,37 @@ def test_one_shot_directions_are_compared_at_equal_forgetting(tmp_path: Path) ->
     assert found["matched_1e+09_retain_loss"].nan == 1
 
 
+def test_at_equal_forgetting_a_mask_holds(tmp_path: Path) -> None:
+    here, mask = case(tmp_path), RandomMask("random", 0.3)
+    found = unlearning(STEP, mask=mask, matched=[1.5]).evaluate(here)
+    at = context("classifier", METHOD, RANDOM.chosen(here).rows)
+    at = replace(at, mask=mask.fit(at))
+    told = here.notes["unlearning"]["matched"]["1.5"]
+    there = at.allowed(moved(at.start, unit(STEP.direction(at)), told["step"]))
+    forget, retain = (measured(at.task, at.network(there), part).loss.mean() for part in (at.forget, at.retain))
+    assert told["reached"] and told["loss"] == pytest.approx(float(forget))
+    assert found["matched_1.5_retain_loss"].value == pytest.approx(float(retain))
+
+
 def test_a_chosen_set_brings_its_control(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).normal(size=(5, 30))
-    here = case(tmp_path, attribution=lambda split: scores)
+    here = case(tmp_path, attribution=lambda split: {"query": scores}[split])
     found = unlearning(forget=TopK("topk", 0.2, 0)).evaluate(here)
-    names = [f"{whose}_{what}" for whose in ("gold", "control") for what in ("forget_accuracy", "query_loss")]
-    assert all(np.isfinite(found[name].value) for name in names)
+    chosen = TopK("topk", 0.2, 0).chosen(here)
+    assert chosen.control is not None
+    models, train, query = tmp_path / "models", here.task.train, here.task.splits["query"]
+    golds = gold.retrained(here.task, chosen.rows, here.trajectory, 0, models)
+    other = gold.control(here.task, chosen.control, here.trajectory, 0, models)
+    assert torch.equal(flat(other.initial), flat(here.trajectory.initial)) and other.seed == golds.paired[0].seed
+    for whose, one, rows in (("gold", golds.paired[0], chosen.rows), ("control", other, chosen.control)):
+        model = context().network(one.final)
+        with torch.no_grad():
+            right = [int(model(train.inputs["x"][[i]]).argmax()) == int(train.targets[i]) for i in rows]
+            loss = torch.nn.functional.cross_entropy(model(query.inputs["x"]), query.targets)
+        assert found[f"{whose}_forget_accuracy"].value == pytest.approx(sum(right) / len(right)), whose
+        assert found[f"{whose}_query_loss"].value == pytest.approx(float(loss)), whose
+    gone = measured(here.task, context().network(other.final), train.select(chosen.rows))
+    assert float(gone.correct.double().mean()) != found["control_forget_accuracy"].value, "the case tells them apart"
 
 
 def test_tuned_settings_are_told(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """One-shot steps and Newton steps against retraining in closed form and dense algebra."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev
-from unlearning_cases import FORGET, context, flat, gradient_of, problem, ridge
+from unlearning_cases import FORGET, IGNORED, VOCABULARY, context, flat, gradient_of, problem, ridge, trained
 
 from bench.evaluations.base import Unfit
-from bench.evaluations.unlearning.base import Context, moved
+from bench.evaluations.unlearning.base import Context, Parameters, moved
 from bench.evaluations.unlearning.gradients import mean_gradient
 from bench.evaluations.unlearning.influence import Influence
 from bench.evaluations.unlearning.iterated_newton import IteratedNewton, loss_of
@@ -78,6 +80,15 @@ def test_koh_liang_is_off_by_the_share_that_is_forgotten() -> None:
     assert off[60] < 0.5 and off[600] < 0.2 * off[60]
 
 
+def test_koh_liang_has_the_curvature_of_all_rows() -> None:
+    at = context("ridge", Method(EXACT["dense"], WRONG))
+    columns, y, n = design(at.task.train), at.task.train.targets, len(at.task.train)
+    h = columns.T @ columns / n + at.task.recipe.l2 * torch.eye(5, dtype=torch.float64)
+    g = (columns @ flat(at.start) - y)[:, None] * columns
+    expected = torch.linalg.solve(h, g[list(FORGET)].sum(0) / n)
+    assert torch.allclose(flat(influence("koh_liang").direction(at)), expected, rtol=1e-8, atol=1e-12)
+
+
 def test_reweight_at_a_minimum_removes_without_the_share_of_those_who_stay() -> None:
     """At the minimum of D, n_r g_R = −n_f g_F − Nγθ: v = (n_f/n_r)(g_F + γθ0), the right-hand side of `newton`."""
     at = context("ridge", Method(EXACT["dense"], WRONG))
@@ -94,30 +105,53 @@ def test_reweight_at_a_minimum_removes_without_the_share_of_those_who_stay() -> 
 # A softmax regression and a perceptron: what a solver corrects
 
 
-def dense_ggn(at: Context) -> Tensor:
-    """(1/n_r) Σ_R J^T (diag p − p p^T) J, parameters in the order of `flat`."""
-    model = at.network(at.start)
+CG = [partial(context, name, Method(EXACT["cg"], WRONG)) for name in ("softmax", "classifier")]
+
+
+def with_a_token_of_its_own() -> Context:
+    """One token is said by two rows of F, and by no other."""
+    task, trajectory = trained("speaker")
+    ids = task.train.inputs["input_ids"].clone()
+    ids[FORGET[0], 1] = ids[FORGET[1], 2] = VOCABULARY - 1
+    train = replace(task.train, inputs={**task.train.inputs, "input_ids": ids})
+    task = replace(task, splits={**task.splits, "train": train})
+    return Context(problem(task, trajectory), Method(EXACT["cg"], WRONG), trajectory.final, FORGET)
+
+
+def read(at: Context) -> Tensor:
+    """True but for the row of padding, which no gradient reaches."""
+    return flat({n: (torch.arange(len(p)) > 0).expand(p.T.shape).T if n == "table.weight" else p == p
+                 for n, p in at.start.items()})  # fmt: skip
+
+
+def dense_ggn(at: Context, there: Parameters | None = None) -> Tensor:
+    """(1/n_r) Σ_R J^T (diag p − p p^T) J over all that is scored, parameters in the order of `flat`."""
+    model = at.network(there or at.start)
     named = {name: p.detach() for name, p in model.named_parameters()}
-    x = at.retain.inputs["x"]
-    jacobian = jacrev(lambda p: functional_call(model, p, (x,)))(named)
-    j = torch.cat([jacobian[name].flatten(2) for name in sorted(named)], 2)  # (n, C, P)
-    p = model(x).detach().softmax(-1)
+    inputs, scored = at.retain.inputs, at.retain.targets != IGNORED
+
+    def logits(p: Parameters) -> Tensor:
+        return functional_call(model, p, (), inputs)[scored]
+
+    jacobian = jacrev(logits)(named)
+    j = torch.cat([jacobian[name].flatten(2) for name in sorted(named)], 2)  # (T, C, P)
+    p = logits(named).softmax(-1)
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return torch.einsum("nca,ncd,ndb->ab", j, middle, j) / len(x)
+    return torch.einsum("nca,ncd,ndb->ab", j, middle, j) / len(at.retain)
 
 
-@pytest.mark.parametrize("name", ["softmax", "classifier"])
-def test_the_correction_is_that_of_the_dense_solve_on_the_retained_rows(name: str) -> None:
+@pytest.mark.parametrize("make", [*CG, with_a_token_of_its_own])
+def test_the_correction_is_that_of_the_dense_solve_on_the_retained_rows(make: Callable[[], Context]) -> None:
     """k − v, not k: with a large damping the two hardly differ, and a code that only rescales v looks right."""
-    damping, at = 1e-2, context(name, Method(EXACT["cg"], WRONG))
-    l2 = at.task.recipe.l2
+    damping, at = 1e-2, make()
+    live, l2 = read(at), at.task.recipe.l2
     model = at.network(at.start)
     v = gradient_of(at.task.loss(model, at.forget.batch()).sum(), model) / len(at.retain)
     v = v + len(FORGET) / len(at.retain) * l2 * flat(at.start)
     h = dense_ggn(at) + (l2 + damping) * torch.eye(len(v), dtype=v.dtype)
     k = torch.linalg.solve(h, v)
     found = flat(influence(damping=Damping("absolute", damping, "global")).direction(at))
-    correction, expected = found - v, k - v
+    correction, expected = (found - v)[live], (k - v)[live]
     assert (correction - expected).norm() < 1e-5 * expected.norm()
     assert expected.norm() > 1.5 * v.norm(), "the case must tell a solver from the identity"
 
@@ -174,15 +208,18 @@ def test_newton_steps_stay_in_the_trust_region_and_stop_at_the_target() -> None:
         newton(target=losses[0] / 2).unlearn(at)
 
 
-def test_a_newton_step_is_the_solve_of_the_pushed_gradient() -> None:
-    at = context("softmax", Method(EXACT["cg"], WRONG))
-    model, l2, start = at.network(at.start), at.task.recipe.l2, flat(at.start)
-    g_f = gradient_of(at.task.loss(model, at.forget.batch()).mean(), model)
-    g_r = gradient_of(at.task.loss(model, at.retain.batch()).mean(), model) + l2 * start
-    h = dense_ggn(at) + (l2 + 0.01) * torch.eye(len(start), dtype=start.dtype)
-    step = torch.linalg.solve(h, 0.3 * g_f - g_r)
-    found = flat(newton(steps=1, radius=1e9, target=50.0).unlearn(at).final) - start
-    assert torch.allclose(found, step, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("make", [CG[0], with_a_token_of_its_own])
+def test_newton_steps_are_solves_of_the_pushed_gradient_each_where_it_begins(make: Callable[[], Context]) -> None:
+    at = make()
+    live, l2 = read(at), at.task.recipe.l2
+    path = [parameters for _, parameters in newton(steps=2, radius=1e9, target=50.0).unlearn(at).path]
+    for before, after in pairwise(path):
+        model = at.network(before)
+        g_f, g_r = (gradient_of(at.task.loss(model, part.batch()).mean(), model) for part in (at.forget, at.retain))
+        h = dense_ggn(at, before) + (l2 + 0.01) * torch.eye(len(live), dtype=g_f.dtype)
+        step = torch.linalg.solve(h, 0.3 * g_f - g_r - l2 * flat(before))
+        assert torch.allclose((flat(after) - flat(before))[live], step[live], rtol=1e-6, atol=1e-9)
+    assert len(path) == 3
 
 
 def test_the_target_is_no_gold() -> None:

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from unlearning_cases import FORGET, IGNORED, VOCABULARY, context, flat, gradient_of
+from unlearning_cases import FORGET, IGNORED, VOCABULARY, context, flat, gradient_of, problem, trained
 
 from bench.config import check, check_signature, choices, compose, conf_dir, run_key
 from bench.evaluations.unlearning import scrub, soul
 from bench.evaluations.unlearning.ascent import FineTune, GradDiff, GradientAscent
 from bench.evaluations.unlearning.base import Context, Parameters, Unlearned, Unlearner, cycle, kept_steps
 from bench.evaluations.unlearning.descend import Draw, FirstOrder, Objective
-from bench.evaluations.unlearning.dmm import Matching
+from bench.evaluations.unlearning.dmm import PREDICTIONS, Matching
 from bench.evaluations.unlearning.iterated_newton import loss_of
 from bench.evaluations.unlearning.measure import divergence, losses, measured
 from bench.evaluations.unlearning.npo import NPO, SimNPO, npo_loss, simnpo_loss
 from bench.evaluations.unlearning.salun import SalUn, wrong_labels
-from bench.evaluations.unlearning.tuning import best_of, points
+from bench.evaluations.unlearning.tuning import best_of, judged, points
 from methods.base import Method, Problem
 from methods.curvature.cg import ConjugateGradients
 from methods.curvature.damping import Damping
@@ -69,6 +69,12 @@ def elsewhere(at: Context) -> Parameters:
     """Near θ0, where no term is at a special value."""
     rng = torch.Generator().manual_seed(3)
     return {n: p + 0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in at.start.items()}
+
+
+def few_rows(at: Context, step: int = 1) -> Draw:
+    """Some rows of both sets, in no order."""
+    f, r = torch.tensor([3, 0, 2]), torch.tensor([9, 1, 17, 4])
+    return Draw(step, at.forget.batch(f), at.retain.batch(r), f, r)
 
 
 def gradient(at: Context, objective: Objective, parameters: Parameters) -> Tensor:
@@ -166,7 +172,9 @@ def test_an_error_inside_a_loss_is_an_error() -> None:
 
 def test_gradients_are_counted_by_the_sets_that_are_read() -> None:
     both = {"forget_weight": 1.0, "retain_weight": 1.0}
-    for one, charged in ((GradientAscent(**STEPS), 16), (FineTune(**STEPS), 16), (GradDiff(**STEPS, **both), 32)):
+    cases = [(GradientAscent(**STEPS), 16), (FineTune(**STEPS), 16), (GradDiff(**STEPS, **both), 32)]
+    cases += [(scrubbed(), 16), (matching("nothing"), 16 + 4 + 4 + 2 + 4)]
+    for one, charged in cases:
         at = context()
         one.unlearn(at)
         assert at.problem.meter.gradients == charged, type(one).__name__
@@ -214,6 +222,60 @@ def test_npo_at_the_reference_or_with_small_beta_is_gradient_difference() -> Non
     assert torch.allclose(gradient(at, at_reference, at.start), gradient(at, diff, at.start))
     there, small = elsewhere(at), NPO(**STEPS, beta=1e-7, retain_weight=0.5).prepared(at)
     assert torch.allclose(gradient(at, small, there), gradient(at, diff, there), rtol=1e-5, atol=1e-8)
+
+
+def scrubbed(**changes: Any) -> scrub.SCRUB:
+    kind = {"loss_weight": 0.7, "teacher_weight": 3.0, "temperature": 2.0, "forget_share": 0.5}
+    return scrub.SCRUB(**{**STEPS, **kind, **changes})
+
+
+@pytest.mark.parametrize("task", ["classifier", "speaker"])
+def test_losses_of_a_batch_are_their_formulas(task: str) -> None:
+    """Of rows in no order: what is computed once has to be found again by their places."""
+    at = context(task)
+    there, teacher = at.network(elsewhere(at)), at.network(at.start)
+    draw = few_rows(at)
+    f, r = draw.forget_index.tolist(), draw.retain_index.tolist()
+
+    def logits(model: nn.Module, examples: Examples, rows: list[int]) -> list[Tensor]:
+        """(T, C) of what is scored, of each row."""
+        found = []
+        for i in rows:
+            scored = examples.targets[[i]] != IGNORED
+            z = at.task.outputs(model, examples.batch([i])).detach()
+            found.append(z[scored[:, : z.shape[1]]] if z.ndim == 3 else z)
+        return found
+
+    def nll(model: nn.Module, examples: Examples, rows: list[int]) -> Tensor:
+        told = [examples.targets[[i]][examples.targets[[i]] != IGNORED] for i in rows]
+        found = [nn.functional.cross_entropy(z, y, reduction="sum")
+                 for z, y in zip(logits(model, examples, rows), told, strict=True)]  # fmt: skip
+        return torch.stack(found)
+
+    def kl(examples: Examples, rows: list[int]) -> Tensor:
+        """T² KL(softened teacher; softened student), T = 2, the mean over predictions."""
+        p, q = (torch.cat(logits(model, examples, rows)).div(2).softmax(-1) for model in (teacher, there))
+        return 4 * (p * (p / q).log()).sum(-1).mean()
+
+    l_r = nll(there, at.retain, r).mean()
+    now, before = (nll(model, at.forget, f) for model in (there, teacher))
+    lengths = torch.stack([(at.forget.targets[i] != IGNORED).sum() for i in f])
+    classes = 3 if task == "classifier" else VOCABULARY
+    labels = wrong_labels(at.forget.targets, classes, at.generator("random labels"))
+    weights = {"beta": 1.5, "retain_weight": 0.6}
+    salun = replace(few("salun"), retain_weight=0.6)  # type: ignore[call-arg]
+    cases = [
+        (NPO(**STEPS, **weights), npo_loss(now, before, 1.5) + 0.6 * l_r),
+        (SimNPO(**STEPS, **weights, delta=0.1, forget_weight=0.4),
+         0.4 * simnpo_loss(now, lengths, 1.5, 0.1) + 0.6 * l_r),
+        (salun, nll(there, replace(at.forget, targets=labels), f).mean() + 0.6 * l_r),
+        (scrubbed(), 0.7 * l_r + 3 * kl(at.retain, r)),
+    ]  # fmt: skip
+    for one, expected in cases:
+        assert isinstance(one, FirstOrder)
+        assert torch.allclose(one.prepared(at)(there, draw).detach(), expected), one.name
+    up = scrubbed().prepared(at)(there, few_rows(at, 2))
+    assert torch.allclose(up.detach(), -kl(at.forget, f)) and not torch.allclose(up.detach(), now.mean())
 
 
 @settings(max_examples=30, deadline=None)
@@ -270,6 +332,25 @@ def test_scrub_moves_the_student_and_not_the_teacher() -> None:
     assert torch.allclose(up, -kl) and not torch.allclose(down, -kl)
     done = one.unlearn(at)
     assert (flat(done.final) - before).abs().max() > 1e-3 and torch.equal(flat(at.start), before)
+
+
+def test_the_sides_of_scrub_take_turns_each_with_its_own_moments() -> None:
+    """Against AdamW by its formula, on whole sets; F has the even ones of the first 0.7 · 6 steps."""
+    at = context()
+    one = scrubbed(steps=6, batch=100, weight_decay=0.2, forget_share=0.7)
+    objective, names = one.prepared(at), sorted(at.start)
+    now, moments = flat(at.start), [[torch.zeros_like(flat(at.start))] * 2 for _ in range(2)]
+    sizes, turns = [at.start[name].numel() for name in names], [0, 0]
+    for step in (1, 2, 3, 4, 5, 6):
+        parts = zip(names, now.split(sizes), strict=True)
+        model = at.network({name: part.view_as(at.start[name]) for name, part in parts})
+        g, side = gradient_of(objective(model, whole(at, step)), model), int(step in (2, 4))
+        m, v = moments[side]
+        turns[side] += 1
+        m, v = moments[side] = [0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2]
+        mean, square = m / (1 - 0.9 ** turns[side]), v / (1 - 0.999 ** turns[side])
+        now = (1 - 0.01 * 0.2) * now - 0.01 * mean / (square.sqrt() + 1e-8)
+    assert turns == [4, 2] and torch.allclose(flat(one.unlearn(at).final), now, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("task", ["classifier", "speaker"])
@@ -344,6 +425,20 @@ def test_curvature_has_labels_of_the_models_own(monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(drawn, batch.targets[:, :width])
 
 
+def test_decay_shrinks_and_what_is_masked_counts_in_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = context("speaker")
+    _, done = moments_of(monkeypatch, at, lr=0.1, weight_decay=0.5)
+    unused = at.start["table.weight"][VOCABULARY - 1]
+    assert torch.allclose(done.final["table.weight"][VOCABULARY - 1], unused * 0.95**4)
+    rng = torch.Generator().manual_seed(0)
+    mask = {n: torch.rand(p.shape, generator=rng) < 0.3 for n, p in at.start.items()}
+    seen, done = moments_of(monkeypatch, replace(at, mask=mask), steps=1, clipped=0.2)
+    m, h, may_move = flat(seen[0].m).abs(), flat(seen[0].h), flat(mask)
+    assert m[may_move].any() and not m[~may_move].any()
+    clipped = (m > done.notes["gamma"] * h)[may_move & (m > 0)].double().mean()
+    assert abs(float(clipped) - 0.2) < 0.02 and float(clipped) == pytest.approx(done.notes["clipped"])
+
+
 # Matching
 
 
@@ -386,9 +481,26 @@ def test_the_oracle_is_matched_and_nothing_stays() -> None:
     assert off(done.final) < 0.05 * off(at.start)
     kept = matching("nothing", batch=30, sample=26).unlearn(at).final
     assert abs(loss_of(at, kept, at.forget) - loss_of(at, at.start, at.forget)) < 1e-2
+    assert [kind for kind in PREDICTIONS if matching(kind).sees_gold] == ["oracle"], "another gold judges it"
     assert matching("oracle").uses is None and matching("attribution").uses == "attribute"
     with pytest.raises(UserError, match=r"unlearner\.predicted=orakel"):
         matching("orakel")
+
+
+def test_outputs_are_matched_row_by_row_on_both_sets() -> None:
+    """The sample being all of R, its order does not matter."""
+    gold = elsewhere(context())
+    at = context("classifier", Method(), retrained=lambda: gold)
+    draw = few_rows(at)
+    objective = matching("oracle", sample=26, batch=26).prepared(at)
+    model, wanted = at.network(at.start), at.network(gold)
+
+    def off(examples: Examples) -> float:
+        found, goal = (at.task.measure(m, examples.batch()).detach() for m in (model, wanted))
+        return float((found - goal).square().mean())
+
+    parts = off(at.forget.select(draw.forget_index)), off(at.retain)
+    assert float(objective(model, draw).detach()) == pytest.approx(sum(parts) / 2) and parts[0] != parts[1]
 
 
 # Tuning
@@ -401,3 +513,33 @@ def test_tuning_takes_the_best_by_its_own_criterion_and_asks_for_no_gold() -> No
     chosen, done, note = best_of(one, at, lambda p: -float((flat(p) - start).norm()))
     assert chosen == replace(one, lr=1e-3) and note["chosen"] == {"lr": 1e-3} and len(note["tried"]) == 3
     assert torch.equal(flat(done.final), flat(chosen.unlearn(at).final))
+
+
+def test_what_diverged_is_not_chosen_and_the_criterion_is_of_those_who_do_not_judge() -> None:
+    """Accuracy on `val` − |AUC(F, every other non-member) − ½|, by loops."""
+    at = context()
+    one = FineTune(**{**STEPS, "grid": {"lr": [1e308, 1e-3]}})
+    chosen, _, note = best_of(one, at, lambda p: float(not flat(p).isfinite().all()))
+    assert chosen == replace(one, lr=1e-3) and [tried["criterion"] for tried in note["tried"]] == [None, 0]
+    model, splits = at.network(at.start), at.task.splits
+
+    def expected(named: str, first: int) -> float:
+        with torch.no_grad():
+            right = [int(model(**splits[named].batch([i]).inputs).argmax()) == int(splits[named].targets[i])
+                     for i in range(len(splits[named]))]  # fmt: skip
+            inside = at.task.loss(model, at.forget.batch()).tolist()
+            outside = at.task.loss(model, splits["nonmembers"].batch(range(first, 16, 2))).tolist()
+        wins = [float(a < b) + 0.5 * (a == b) for a in inside for b in outside]
+        return sum(right) / len(right) - abs(sum(wins) / len(wins) - 0.5)
+
+    found = judged(at, at.start)
+    assert found == pytest.approx(expected("val", 0))
+    assert min(abs(found - expected("test", 0)), abs(found - expected("val", 1))) > 1e-3, "the case tells them apart"
+
+
+def test_what_is_drawn_is_of_the_name_and_of_the_run() -> None:
+    at = context()
+    others = replace(at, problem=problem(*trained("classifier"), seed=1))
+    asked = [(at, "a", 1), (at, "a", 1), (at, "b", 1), (at, "a", 2), (others, "a", 1)]
+    drawn = [torch.rand(3, generator=one.generator(*name)).tolist() for one, *name in asked]
+    assert drawn[0] == drawn[1] and len({tuple(row) for row in drawn}) == 4

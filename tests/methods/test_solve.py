@@ -68,6 +68,10 @@ def test_rows_of_an_embedding_that_no_training_example_looks_up_stay_zero() -> N
     (table,) = [v for name, v in found.items() if "word_embeddings" in name]
     used = problem.train.inputs["input_ids"].unique()
     assert table[used[used > 0]].all() and not table[9:].any()
+    asked = problem.task.splits["query"].inputs["input_ids"].unique()
+    found = Influence(Identity(), DAMPING).solve(problem, random_vector(start), [problem.task.splits["query"]])
+    (table,) = [v for name, v in found.items() if "word_embeddings" in name]
+    assert asked.max() > 8 and table[asked[asked > 8]].all(), "but those whose gradients are solved for"
 
 
 def test_without_an_inverse_it_is_not_offered() -> None:
