@@ -541,12 +541,14 @@ def provenance(config: DictConfig, started: datetime) -> dict[str, Any]:
 
 
 def _overrides() -> list[str]:
-    """What was asked for, less where it was written to: that is nobody else's place."""
+    """What was asked for, less the places of this machine: where it was written to, and what $BENCH_DATA stands for."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return []
-    return [override for override in HydraConfig.get().overrides.task if not override.startswith("out=")]
+    data, asked = os.environ.get("BENCH_DATA"), HydraConfig.get().overrides.task
+    shown = [override.replace(data, "$BENCH_DATA") for override in asked] if data else asked
+    return [override for override in shown if not override.startswith("out=")]
 
 
 def _commit() -> str | None:

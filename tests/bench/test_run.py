@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 import bench.run
 from bench import aggregate, records, tables
@@ -480,3 +481,11 @@ def test_weights_that_are_not_trained_are_not_judged_by_training() -> None:
     with pytest.raises(UserError, match=r"model\.recipe\.epochs=0"):
         bench.run.build_evaluations(config, untrained)
     assert set(bench.run.build_evaluations(config, task)) == {"lds", "loo"}
+
+
+def test_the_command_of_a_record_names_no_place_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["task=rlhf", "model.path=/somewhere/data/models/x", "out=/elsewhere"]
+    monkeypatch.setenv("BENCH_DATA", "/somewhere/data")
+    monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create({"overrides": {"task": asked}})))
+    assert bench.run._overrides() == ["task=rlhf", "model.path=$BENCH_DATA/models/x"]
