@@ -57,7 +57,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(copy: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("BENCH_DATA", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL")}
+    ours = ("BENCH_DATA", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "ARGS")  # what `make test` hands on
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return {
         **kept,
         "HF_HUB_OFFLINE": "1",
