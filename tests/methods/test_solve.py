@@ -40,7 +40,7 @@ def test_it_is_the_dense_solve(case: str, curvature: object) -> None:
     expected = torch.linalg.solve(matrix + (0.04 + GAMMA) * torch.eye(len(matrix), dtype=matrix.dtype), flat(vector))
     found = Influence(curvature, DAMPING).solve(problem, vector)  # type: ignore[arg-type]
     assert {name: v.shape for name, v in found.items()} == {name: v.shape for name, v in start.items()}
-    close(flat(found), expected)
+    assert close(flat(found), expected)
 
 
 def test_the_training_set_is_the_problems_own() -> None:
@@ -50,7 +50,7 @@ def test_the_training_set_is_the_problems_own() -> None:
     vector = random_vector(parameters(problem.task.initial(0)))
     matrix = ggn(explained(problem), train)
     expected = torch.linalg.solve(matrix + (0.04 + GAMMA) * torch.eye(len(matrix), dtype=matrix.dtype), flat(vector))
-    close(flat(Influence(Dense("ggn", "global", 1.0), DAMPING).solve(fewer, vector)), expected)
+    assert close(flat(Influence(Dense("ggn", "global", 1.0), DAMPING).solve(fewer, vector)), expected)
 
 
 def test_what_is_not_covered_stays_zero() -> None:

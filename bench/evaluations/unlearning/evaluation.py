@@ -71,7 +71,7 @@ class Unlearning:
         return self.unlearner, self.forget, self.mask
 
     def plan(self, task: Task, seed: int) -> None:
-        """Golds are explained trainings of another task; nothing is in the store of retrainings."""
+        """Golds are trainings of another task, kept with the explained ones; nothing is in the store of retrainings."""
         if task.train.targets.is_floating_point() or task.pairs:
             raise NotApplicable(
                 f"unlearning needs class labels or texts to be continued, not those of task={task.name}"
